@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decodes prompts with a model, plainly or with speculation.
+
+  python -m jaxspec decode --model=smollm2-135m --chat --prompt="Why is it?"
+  python -m jaxspec decode --prompts=in.jsonl --output=out.jsonl --rows=8
+
+The answer to one prompt streams to stdout; --prompts and --output read and
+write one JSON object a prompt. What speculation gave goes to stderr.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+import types
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from jaxspec.apps import journal, launch
+from jaxspec.errors import InputError
+
+if TYPE_CHECKING:
+  from jaxspec.generator import Completion, Generator, Options
+else:  # Imported when needed, so that --help loads no jax.
+  Completion = Generator = Options = Any
+
+# A string, token ids, or a conversation of {"role", "content"}.
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+
+# Results: to a file, or to stdout.
+
+
+class Results:
+  """Where completions go: nowhere, for one prompt without --output.
+
+  Attributes:
+    finished: the records that are there, by the index of their prompt.
+  """
+
+  def __init__(self, finished: dict[int, dict[str, Any]] | None = None):
+    """Starts from the records of an earlier run, if any."""
+    self.finished = {} if finished is None else finished
+
+  def add(self, index: int, completion: Completion) -> None:
+    """Takes a completion as soon as it is there."""
+
+  def finish(self) -> None:
+    """All completions are there."""
+
+  def stop(self) -> None:
+    """No more completions will come."""
+
+
+class _Lines(Results):
+  """Prints records to stdout in order, each as soon as those before it."""
+
+  def __init__(self):
+    super().__init__()
+    self._printed = 0
+
+  def add(self, index: int, completion: Completion) -> None:
+    self.finished[index] = as_record(completion)
+    while self._printed in self.finished:
+      line = json.dumps(self.finished[self._printed], ensure_ascii=False)
+      print(line, flush=True)
+      self._printed += 1
+
+
+class _File(Results):
+  """Writes records to --output, through a journal."""
+
+  def __init__(self, kept: journal.Journal, count: int):
+    super().__init__(kept.finished)
+    self._journal = kept
+    self._count = count
+
+  def add(self, index: int, completion: Completion) -> None:
+    self._journal.add(index, as_record(completion))
+
+  def finish(self) -> None:
+    self._journal.finish()
+
+  def stop(self) -> None:
+    self._journal.close()
+    if self.finished:
+      launch.say(
+        f"{len(self.finished)} of {self._count} results are in "
+        f"{self._journal.partial}; the same command with --resume goes on"
+      )
+
+
+def as_record(completion: Completion) -> dict[str, Any]:
+  """Returns the JSON object of one completion."""
+  record = {
+    "prompt": completion.prompt,
+    "text": completion.text,
+    "token_ids": completion.token_ids,
+    "finish_reason": completion.finish_reason,
+    "stats": completion.stats.as_dict(),
+  }
+  if completion.logprobs is not None:
+    record["logprobs"] = completion.logprobs
+  return record
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  """Defines the flags of this command."""
+  flags.DEFINE_string(
+    "prompt", None, "the prompt; - reads it from stdin", flag_values=values
+  )
+  flags.DEFINE_string(
+    "prompts",
+    None,
+    "a JSONL file of objects with prompt, messages or turns (its first turn)",
+    flag_values=values,
+  )
+  flags.DEFINE_boolean(
+    "chat",
+    False,
+    "a prompt is the user's message, put into the model's chat template",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "output",
+    None,
+    "a JSONL file for the results, in the order of the prompts",
+    flag_values=values,
+  )
+  flags.DEFINE_boolean(
+    "resume",
+    False,
+    "go on from the results an interrupted run left beside --output",
+    flag_values=values,
+  )
+  launch.define_generator_flags(values)
+  launch.define_sampling_flags(values)
+
+
+def main(settings: types.SimpleNamespace) -> None:
+  """Decodes what the settings ask for."""
+  prompts = read_prompts(settings)
+  results = _open_results(settings, prompts)
+  if results is None:
+    launch.say(f"{settings.output} is complete: nothing to do")
+    return
+  try:
+    generator = launch.load_generator(settings)
+    options = launch.sampling_options(generator, settings)
+    _say_defaults(options, settings)
+    if settings.prompts is None:
+      _decode_one(generator, prompts[0], options, settings, results)
+    else:
+      _decode_many(generator, prompts, options, settings, results)
+  except BaseException:
+    results.stop()
+    raise
+
+
+def read_prompts(settings: types.SimpleNamespace) -> list[Prompt]:
+  """Returns the prompts of --prompt or --prompts."""
+  if (settings.prompt is None) == (settings.prompts is None):
+    raise InputError("pass one of --prompt=TEXT and --prompts=FILE.jsonl")
+  if settings.resume and settings.output is None:
+    raise InputError("--resume needs the --output=FILE.jsonl to go on with")
+  if settings.prompt == "-":
+    return [sys.stdin.read()]
+  if settings.prompt is not None:
+    return [settings.prompt]
+  path = os.path.expanduser(settings.prompts)
+  try:
+    with open(path, encoding="utf-8") as file:
+      lines = file.read().split("\n")
+  except OSError as e:
+    raise InputError(f"--prompts={path}: {e.strerror}") from e
+  except UnicodeDecodeError as e:
+    raise InputError(
+      f"--prompts={path}: byte {e.start} is not UTF-8; save the file as UTF-8"
+    ) from e
+  prompts = [
+    _read_prompt(line, f"{path}:{number}")
+    for number, line in enumerate(lines, 1)
+    if line.strip()
+  ]
+  if not prompts:
+    raise InputError(f"--prompts={path} holds no prompt")
+  return prompts
+
+
+def _read_prompt(line: str, where: str) -> Prompt:
+  try:
+    item = json.loads(line)
+  except (ValueError, RecursionError) as e:
+    raise InputError(f"{where} is not JSON: {e}") from e
+  known = ("prompt", "messages", "turns")
+  found = [key for key in known if isinstance(item, dict) and key in item]
+  if len(found) != 1:
+    raise InputError(
+      f"{where} must be an object with one of prompt, messages and turns, and "
+      f"has {', '.join(found) or 'none'}"
+    )
+  key = found[0]
+  value = item[key]
+  if key == "messages":
+    return _read_messages(value, where)
+  if key == "turns":
+    if not isinstance(value, list) or not value:
+      raise InputError(f"{where}: turns must be a list of at least one string")
+    value = value[0]
+  is_ids = isinstance(value, list) and all(type(i) is int for i in value)
+  if not isinstance(value, str) and not (key == "prompt" and is_ids):
+    raise InputError(f"{where}: {key} must hold text, got {value!r:.60}")
+  return value
+
+
+def _read_messages(value: Any, where: str) -> list[dict[str, str]]:
+  if not isinstance(value, list) or not value:
+    raise InputError(f"{where}: messages must be a list of at least one")
+  for at, message in enumerate(value):
+    for key in ("role", "content"):
+      is_text = isinstance(message, dict) and isinstance(message.get(key), str)
+      if not is_text:
+        raise InputError(f"{where}: messages[{at}] needs {key!r}, as text")
+  return value
+
+
+def _say_defaults(options: Options, settings: types.SimpleNamespace) -> None:
+  """Names the sampling settings that came from the checkpoint."""
+  taken = [
+    f"{field.name}={getattr(options, field.name)}"
+    for field in dataclasses.fields(options)
+    if getattr(settings, field.name, None) is None
+    and field.default is not dataclasses.MISSING
+    and getattr(options, field.name) != field.default
+  ]
+  if taken:
+    launch.say("the checkpoint's generation_config sets " + ", ".join(taken))
+
+
+def _decode_one(
+  generator: Generator,
+  prompt: Prompt,
+  options: Options,
+  settings: types.SimpleNamespace,
+  results: Results,
+) -> None:
+  from jaxspec import profiling
+
+  completion = None
+  try:
+    with profiling.trace(settings.profile_dir):
+      for event in generator.stream(prompt, options, chat=settings.chat):
+        # Provisional text may still change, and print cannot be undone.
+        if event.settled:
+          print(event.text, end="", flush=True)
+        completion = event.completion or completion
+  finally:
+    print(flush=True)
+  if completion is None:
+    raise AssertionError("the stream ended without a completion")
+  results.add(0, completion)
+  results.finish()
+  print(completion.stats.line(), file=sys.stderr, flush=True)
+
+
+def _decode_many(
+  generator: Generator,
+  prompts: Sequence[Prompt],
+  options: Options,
+  settings: types.SimpleNamespace,
+  results: Results,
+) -> None:
+  from jaxspec import metrics, profiling
+
+  waiting = [i for i in range(len(prompts)) if i not in results.finished]
+  with launch.progress("decoding") as on_progress:
+    done = 0
+
+    def on_completion(at: int, completion: Completion) -> None:
+      nonlocal done
+      results.add(waiting[at], completion)
+      done += 1
+      if on_progress is not None:
+        on_progress("", done, len(waiting))
+
+    start = time.perf_counter()
+    with (
+      profiling.trace(settings.profile_dir),
+      profiling.count_compiles() as compiles,
+    ):
+      completions = generator.generate(
+        [prompts[i] for i in waiting],
+        options,
+        chat=settings.chat,
+        on_completion=on_completion,
+      )
+    wall = time.perf_counter() - start
+  results.finish()
+  whole = metrics.total([c.stats for c in completions], wall_seconds=wall)
+  whole.compiles = compiles.count
+  print(whole.line(), file=sys.stderr, flush=True)
+
+
+# Settings that change neither text nor statistics worth comparing.
+_NOT_IDENTITY = (
+  "output",
+  "resume",
+  "rows",
+  "profile_dir",
+  "compilation_cache_dir",
+  "prompts",
+)
+
+
+def _open_results(
+  settings: types.SimpleNamespace, prompts: Sequence[Prompt]
+) -> Results | None:
+  """Returns where results go, or None where all of them are there already."""
+  if settings.output is None:
+    return Results() if settings.prompts is None else _Lines()
+  count = len(prompts)
+  partial = os.path.realpath(os.path.expanduser(settings.output)) + ".partial"
+  if settings.resume and not os.path.exists(partial):
+    if journal.complete(settings.output, count) is not None:
+      return None
+  chosen = {k: v for k, v in vars(settings).items() if k not in _NOT_IDENTITY}
+  kept = journal.Journal(
+    settings.output,
+    count=count,
+    identity=[chosen, prompts],
+    resume=settings.resume,
+  )
+  return _File(kept, count)

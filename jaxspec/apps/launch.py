@@ -1,0 +1,508 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every command shares: flags to settings, errors to exit codes.
+
+Not a command itself: it defines no `main`. A command file defines
+
+  define_flags(values)   its flags, on the `FlagValues` it is handed
+  main(settings)         the work, returning an exit status or None
+
+A setting is taken from the explicit flag, else from `--config`, else from the
+flag's default; None means "not set".
+"""
+
+import contextlib
+import os
+import stat
+import sys
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from jaxspec.errors import InputError, nearest
+
+if TYPE_CHECKING:
+  from jaxspec.generator import Generator, Options
+else:  # Imported when needed, so that --help loads no jax.
+  Generator = Options = Any
+
+INTERRUPTED = 130
+_USER_ERROR = 2
+# What compiled programs may take on disk before the oldest are evicted.
+_COMPILATION_CACHE_BYTES = 4 * 2**30
+
+# Names that other engines' users type, and ours.
+_ALIASES = {
+  "draft": "drafter",
+  "max_tokens": "max_new_tokens",
+  "temp": "temperature",
+}
+
+_SAMPLING = (
+  "max_new_tokens",
+  "temperature",
+  "top_k",
+  "top_p",
+  "min_p",
+  "repetition_penalty",
+  "presence_penalty",
+  "frequency_penalty",
+  "logit_bias",
+  "seed",
+  "stop",
+  "stop_token_ids",
+  "ignore_eos",
+  "logprobs",
+)
+
+
+def run(app: types.ModuleType, argv: Sequence[str]) -> int:
+  """Parses `argv`, runs the command and returns its exit status."""
+
+  def body() -> int:
+    settings = parse(app, argv)
+    return 0 if settings is None else app.main(settings) or 0
+
+  return guard(body)
+
+
+def guard(body: Callable[[], int]) -> int:
+  """Runs `body`; what the user caused becomes one line and an exit status."""
+  try:
+    return body()
+  except InputError as e:
+    say(" ".join(str(e).split()))
+    return _USER_ERROR
+  except KeyboardInterrupt:
+    say("interrupted")
+    return INTERRUPTED
+  except BrokenPipeError:
+    # The reader of our output left (`| head`): that is no error. Python would
+    # complain when it flushes stdout at exit, so stdout goes nowhere.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+  except Exception as e:
+    if "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    say(
+      "the device ran out of memory; lower --rows or --capacity, load with "
+      "--dtype=bfloat16, or spread the model with --mesh=tensor=N"
+    )
+    return _USER_ERROR
+
+
+def say(message: str) -> None:
+  """Prints a line for the person at the terminal, apart from any output."""
+  print(f"jaxspec: {message}", file=sys.stderr, flush=True)
+
+
+# Flags.
+
+
+def define_model_flags(values: flags.FlagValues) -> None:
+  """Defines the flags that name a checkpoint."""
+  flags.DEFINE_string(
+    "model",
+    "smollm2-135m",
+    "a Hugging Face folder, GGUF file, Orbax checkpoint or hub id",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "dtype",
+    None,
+    "float32 or bfloat16; by default what suits the device",
+    flag_values=values,
+  )
+
+
+def define_generator_flags(values: flags.FlagValues) -> None:
+  """Defines the flags of `Generator.load`."""
+  define_model_flags(values)
+  flags.DEFINE_string(
+    "drafter",
+    "autoregressive",
+    "a file of jaxspec/drafters, with its settings if any: "
+    "prompt_lookup:length=8,max_ngram=3",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "verifier", "exact", "a file of jaxspec/verifiers", flag_values=values
+  )
+  flags.DEFINE_integer(
+    "rows", 1, "prompts decoded side by side", flag_values=values
+  )
+  flags.DEFINE_integer(
+    "capacity",
+    None,
+    "tokens of a prompt and its answer together; by default 2048, or the "
+    "model's context where that is shorter",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "cache", "contiguous", "a file of jaxspec/caches", flag_values=values
+  )
+  flags.DEFINE(
+    _Pairs(int, "data=1,tensor=2"),
+    "mesh",
+    None,
+    "devices along each mesh axis, as data=1,tensor=2",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "compilation_cache_dir",
+    None,
+    "where compiled programs are kept between runs; empty keeps none",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "profile_dir", None, "write an XProf trace there", flag_values=values
+  )
+
+
+def define_sampling_flags(values: flags.FlagValues) -> None:
+  """Defines the flags of `Options`.
+
+  None of them has a default here: what the checkpoint's generation_config says
+  comes before the library's defaults.
+  """
+  integer = lambda *args: flags.DEFINE_integer(*args, flag_values=values)
+  number = lambda *args: flags.DEFINE_float(*args, flag_values=values)
+  switch = lambda *args: flags.DEFINE_boolean(*args, flag_values=values)
+  integer("max_new_tokens", None, "length of the answer at most")
+  number("temperature", None, "0 is greedy")
+  integer("top_k", None, "keep the k likeliest tokens; 0 keeps all")
+  number("top_p", None, "keep the likeliest tokens up to this mass")
+  number("min_p", None, "keep tokens above this share of the likeliest")
+  number("repetition_penalty", None, "divides logits of tokens seen")
+  number("presence_penalty", None, "taken off logits of tokens generated")
+  number("frequency_penalty", None, "the same, for each time generated")
+  integer("seed", None, "same seed, same tokens")
+  switch("ignore_eos", None, "decode past end tokens")
+  switch("logprobs", None, "report the log-probability of every token")
+  flags.DEFINE(
+    _Pairs(float, "15=-100,22=2.5", key=int),
+    "logit_bias",
+    None,
+    "added to logits, as TOKEN=BIAS,TOKEN=BIAS",
+    flag_values=values,
+  )
+  flags.DEFINE_multi_string(
+    "stop",
+    None,
+    "text that ends the answer and is left out; may be repeated",
+    flag_values=values,
+  )
+  flags.DEFINE(
+    _Integers(),
+    "stop_token_ids",
+    None,
+    "token ids that end the answer, as 1,2",
+    flag_values=values,
+  )
+
+
+def parse(
+  app: types.ModuleType, argv: Sequence[str]
+) -> types.SimpleNamespace | None:
+  """Returns the settings of one run, or None after printing --help."""
+  from ml_collections.config_flags import config_flags
+
+  values = flags.FlagValues()
+  values.set_gnu_getopt(True)
+  app.define_flags(values)
+  keys = frozenset(values)
+  for alias, name in _ALIASES.items():
+    if name in values:
+      flags.DEFINE_alias(alias, name, flag_values=values)
+  argv = [_underscored(arg, values) for arg in argv]
+  if {"-h", "--help", "--helpfull"} & set(argv):
+    print(_help(app, values, keys))
+    return None
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "a file with get_config(), whose keys are the names of these flags",
+    flag_values=values,
+    sys_argv=argv,
+  )
+  _check_config(keys, argv)
+  try:
+    _, *rest = values(["jaxspec", *argv])
+  except flags.UnrecognizedFlagError as e:
+    raise InputError(
+      f"unknown flag --{e.flagname}." + nearest(e.flagname, values)
+    ) from e
+  except flags.Error as e:
+    raise InputError(str(e)) from e
+  if rest:
+    raise InputError(
+      f"expected flags alone, got {rest[0]!r}; write --name=value, and put "
+      "text with spaces in quotes"
+    )
+  config = values["config"].value
+  return types.SimpleNamespace(
+    **{name: _value(values[name], config) for name in sorted(keys)}
+  )
+
+
+def _value(flag: flags.Flag, config: Any) -> Any:
+  if flag.present or config is None or flag.name not in config:
+    return flag.value
+  return _from_config(flag, config[flag.name])
+
+
+def _from_config(flag: flags.Flag, value: Any) -> Any:
+  """Reads a config's value as the flag of its name would."""
+  if value is None:
+    return flag.value
+  parser: Any = flag.parser
+  try:
+    if isinstance(flag, flags.MultiFlag):
+      items = [value] if isinstance(value, str) else value
+      return [parser.parse(item) for item in items]
+    return parser.parse(value)
+  except (TypeError, ValueError) as e:
+    raise InputError(f"config.{flag.name}={value!r}: {e}") from e
+
+
+def _check_config(known: Collection[str], argv: Sequence[str]) -> None:
+  """Raises InputError where ml_collections would show a traceback."""
+  from ml_collections.config_flags import config_flags
+
+  path = None
+  names = []
+  for at, arg in enumerate(argv):
+    name, is_set, value = arg.lstrip("-").partition("=")
+    if not arg.startswith("-"):
+      continue
+    if name == "config":
+      path = value if is_set else argv[at + 1] if at + 1 < len(argv) else ""
+    elif name.removeprefix("no").startswith("config."):
+      if path is None:
+        raise InputError(f"--{name} comes before --config=FILE names a file")
+      names.append(name.removeprefix("no").removeprefix("config."))
+  if path is None:
+    return
+  file = path.split(":", 1)[0]
+  if not os.path.isfile(file):
+    raise InputError(f"--config={path}: there is no file {file!r}")
+  try:
+    config: Any = config_flags.ConfigFileFlagParser("config").parse(path)
+    keys = list(config)
+  except Exception as e:  # Whatever the file does wrong, it is the user's.
+    last = str(e).strip().rpartition("\n")[2] or type(e).__name__
+    raise InputError(f"--config={path} does not load: {last}") from e
+  for key in keys:
+    if key not in known:
+      raise InputError(
+        f"{file} sets {key!r}, which is no flag of this command."
+        + nearest(key, known)
+      )
+  for name in names:
+    node: Any = config
+    seen = "config"
+    for part in name.split("."):
+      if not isinstance(node, Mapping) and not hasattr(node, "keys"):
+        raise InputError(f"--config.{name}: {seen} has no parts")
+      if part not in node:
+        flag = f" Pass it as --{part}=..." if part in known else ""
+        raise InputError(
+          f"--config.{name}: {seen} has no {part!r}, only "
+          f"{', '.join(node.keys())}." + (flag or nearest(part, node.keys()))
+        )
+      node, seen = node[part], f"{seen}.{part}"
+
+
+def _underscored(arg: str, values: flags.FlagValues) -> str:
+  """Lets --max-new-tokens mean --max_new_tokens."""
+  if not arg.startswith("--"):
+    return arg
+  name, is_set, value = arg[2:].partition("=")
+  plain = name.replace("-", "_")
+  if plain.removeprefix("no_") in values:
+    plain = plain.replace("no_", "no", 1)
+  known = plain in values or plain.removeprefix("no") in values
+  return f"--{plain}{is_set}{value}" if known else arg
+
+
+def _help(
+  app: types.ModuleType, values: flags.FlagValues, keys: Collection[str]
+) -> str:
+  lines = [(app.__doc__ or "").strip(), "", "Flags:"]
+  for name in [name for name in values if name in keys]:
+    flag = values[name]
+    default = "" if flag.default is None else f" [{flag.default}]"
+    lines.append(f"  --{name}\n      {flag.help}{default}")
+  lines.append(
+    "  --config\n      a file with get_config(), whose keys are these flags; "
+    "--config.KEY=VALUE changes one"
+  )
+  return "\n".join(lines)
+
+
+class _Pairs(flags.ArgumentParser):
+  """Reads KEY=VALUE,KEY=VALUE, or a mapping from a config file."""
+
+  def __init__(
+    self,
+    value: Callable[[Any], Any],
+    example: str,
+    key: Callable[[Any], Any] = str,
+  ):
+    self._key, self._value, self._example = key, value, example
+
+  def parse(self, argument: Any) -> dict[Any, Any]:
+    pairs = (
+      [item.partition("=")[::2] for item in argument.split(",") if item.strip()]
+      if isinstance(argument, str)
+      else argument.items()
+    )
+    try:
+      return {self._key(_strip(k)): self._value(_strip(v)) for k, v in pairs}
+    except ValueError as e:
+      raise ValueError(f"must look like {self._example}") from e
+
+  def flag_type(self) -> str:
+    return "pairs"
+
+
+class _Integers(flags.ArgumentParser):
+  """Reads 1,2,3, or a sequence from a config file."""
+
+  def parse(self, argument: Any) -> tuple[int, ...]:
+    if isinstance(argument, str):
+      argument = [item for item in argument.split(",") if item.strip()]
+    try:
+      return tuple(int(item) for item in argument)
+    except ValueError as e:
+      raise ValueError("must be whole numbers, as 1,2") from e
+
+  def flag_type(self) -> str:
+    return "integers"
+
+
+def _strip(item: Any) -> Any:
+  return item.strip() if isinstance(item, str) else item
+
+
+# Settings to a generator.
+
+
+def load_generator(settings: types.SimpleNamespace) -> Generator:
+  """Returns the generator that the settings describe."""
+  use_compilation_cache(settings.compilation_cache_dir)
+  from jaxspec.generator import Generator
+
+  with progress("loading") as on_progress:
+    return Generator.load(
+      settings.model,
+      drafter=settings.drafter,
+      verifier=settings.verifier,
+      rows=settings.rows,
+      capacity=settings.capacity,
+      dtype=settings.dtype,
+      mesh=settings.mesh,
+      cache=settings.cache,
+      on_progress=on_progress,
+    )
+
+
+def sampling_options(
+  generator: Generator, settings: types.SimpleNamespace
+) -> Options:
+  """Returns the given sampling settings over the checkpoint's defaults."""
+  given = {
+    name: getattr(settings, name)
+    for name in _SAMPLING
+    if getattr(settings, name) is not None
+  }
+  if "stop" in given:
+    given["stop"] = tuple(given["stop"])
+  return generator.default_options(**given)
+
+
+@contextlib.contextmanager
+def progress(
+  title: str,
+) -> Iterator[Callable[[str, int, int], None] | None]:
+  """Yields `on_progress(name, done, total)`, or None off a terminal."""
+  if not sys.stderr.isatty():
+    yield None
+    return
+  import rich.console
+  import rich.progress
+
+  bar = rich.progress.Progress(
+    rich.progress.TextColumn("{task.description}"),
+    rich.progress.BarColumn(),
+    rich.progress.MofNCompleteColumn(),
+    rich.progress.TimeRemainingColumn(),
+    console=rich.console.Console(stderr=True),
+    transient=True,
+  )
+  with bar:
+    task = bar.add_task(title, total=None)
+
+    def on_progress(name: str, done: int, total: int) -> None:
+      bar.update(
+        task, description=f"{title} {name}"[:40], completed=done, total=total
+      )
+
+    yield on_progress
+
+
+def use_compilation_cache(directory: str | None) -> str | None:
+  """Keeps compiled programs between runs, and returns where, if anywhere.
+
+  Who can write to the cache can run code in the next run, so only a directory
+  that is the user's alone is used.
+
+  Args:
+    directory: None for the default, under the user's cache home; "" for none.
+  """
+  import jax
+
+  named = os.environ.get("JAX_COMPILATION_CACHE_DIR")  # jax reads it itself.
+  if directory == "":
+    if named:
+      jax.config.update("jax_enable_compilation_cache", False)
+    return None
+  if directory is None:
+    if named:
+      return named
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    directory = os.path.join(home, "jaxspec", "xla")
+  # A bucket has its own access rules, and the user asked for it by name.
+  if "://" not in directory:
+    directory = os.path.abspath(os.path.expanduser(directory))
+    problem = _not_private(directory)
+    if problem:
+      say(
+        f"warning: compiled programs are not kept: {directory} {problem}; "
+        "name another folder with --compilation_cache_dir"
+      )
+      return None
+  jax.config.update("jax_compilation_cache_dir", directory)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  jax.config.update("jax_compilation_cache_max_size", _COMPILATION_CACHE_BYTES)
+  return directory
+
+
+def _not_private(directory: str) -> str:
+  """Makes `directory` for this user alone; returns what is wrong, or ""."""
+  try:
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    info = os.stat(directory)
+  except OSError as e:
+    return f"cannot be made ({e.strerror})"
+  if not hasattr(os, "getuid"):  # Windows keeps a home's folders private.
+    return ""
+  if info.st_uid != os.getuid():
+    return "belongs to someone else"
+  if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    return f"can be written to by others (mode {stat.S_IMODE(info.st_mode):o})"
+  if not os.access(directory, os.W_OK | os.X_OK):
+    return "cannot be written to"
+  return ""

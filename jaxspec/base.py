@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nouns of decoding, and the protocols of what plugs into the loop.
+
+Dimensions, everywhere: B rows, T tokens in this call, N nodes of a tree (root
+included), P longest path (root included), S cache slots, C token slots, L
+layers, D model width, H query heads, G key/value heads, K head size, F MLP
+width, V vocabulary, R rows being inserted.
+
+The one invariant: `cache.length == length - 1`. The last committed token is
+always the next root; its keys are not yet written.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxspec.caches import Cache, Fresh, Place
+from jaxspec.sampling import Sampling
+from jaxspec.tree import Tree
+
+
+class Model(Protocol):
+  """What the loop asks of a language model."""
+
+  depth: int
+  vocab: int
+
+  def init_fresh(self, cache: Cache, nodes: int) -> Fresh: ...
+
+  def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]: ...
+
+  def extend(self, x: Float[Array, "B T D"], cache: Cache, fresh: Fresh,
+             at: Place, *, layers: range
+             ) -> tuple[Float[Array, "B T D"], Fresh]: ...
+
+  def unembed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]: ...
+
+
+@struct.dataclass
+class HeadStart:
+  """A proposal that has already been through the first `depth` layers."""
+
+  x: Float[Array, "B N D"]
+  fresh: Fresh
+  depth: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Proposal:
+  """Tokens on a tree; node 0 is the last committed token.
+
+  Attributes:
+    live: how many leading nodes of each row mean anything; None for all.
+    probs: what each drafted token was drawn from, where a verifier needs it.
+  """
+
+  tokens: Int[Array, "B N"]
+  tree: Tree = struct.field(pytree_node=False)
+  live: Int[Array, "B"] | None = None
+  probs: Float[Array, "B N-1 V"] | None = None
+  head_start: HeadStart | None = None
+
+  @property
+  def alive(self) -> Bool[Array, "B N"]:
+    """Which nodes may be accepted."""
+    node = jnp.arange(self.tree.size)[None]
+    if self.live is None:
+      return jnp.broadcast_to(node >= 0, self.tokens.shape)
+    return node < self.live[:, None]
+
+
+@struct.dataclass
+class Scores:
+  """What the model said of every node.
+
+  Attributes:
+    features: the residual stream below each tapped layer, then the top.
+  """
+
+  tokens: Int[Array, "B N"]
+  logits: Float[Array, "B N V"]
+  features: tuple[Float[Array, "B N D"], ...]
+  fresh: Fresh
+
+
+@struct.dataclass
+class Verdict:
+  """One path a row.
+
+  Attributes:
+    path: nodes from the root on; meaningless from `kept` on.
+    kept: accepted nodes and the root; 0 for a finished row.
+    next_token: the correction or bonus token that follows the path.
+  """
+
+  path: Int[Array, "B P"]
+  kept: Int[Array, "B"]
+  next_token: Int[Array, "B"]
+
+
+@struct.dataclass
+class Sequences:
+  """The committed text of every row, its prompt first, and its cache."""
+
+  tokens: Int[Array, "B C"]
+  prompt_length: Int[Array, "B"]
+  length: Int[Array, "B"]
+  cache: Cache
+
+  def tail(self) -> Int[Array, "B 1"]:
+    """The last committed token."""
+    return jnp.take_along_axis(
+        self.tokens, jnp.maximum(self.length - 1, 0)[:, None], axis=1)
+
+
+@struct.dataclass
+class Counters:
+  """What each row's current request has cost so far.
+
+  Attributes:
+    passes: passes of the model after the prompt.
+    nodes: drafted nodes that were scored and might have been accepted.
+    drafted: passes that drafted something at each depth below the root.
+    accepted: passes that accepted something there.
+  """
+
+  passes: Int[Array, "B"]
+  nodes: Int[Array, "B"]
+  drafted: Int[Array, "B P-1"]
+  accepted: Int[Array, "B P-1"]
+
+  @classmethod
+  def zeros(cls, rows: int, height: int) -> "Counters":
+    depth = jnp.zeros((rows, height), jnp.int32)
+    row = jnp.zeros(rows, jnp.int32)
+    return cls(row, row, depth, depth)
+
+
+@struct.dataclass
+class Request:
+  """What a row was asked for; data, so that requests can be mixed.
+
+  Attributes:
+    limit: the longest the text may become, prompt included.
+    stops: token ids that end it; -1 where there is none.
+    wants_logprobs: whether log-probabilities are recorded.
+  """
+
+  sampling: Sampling
+  limit: Int[Array, "B"]
+  stops: Int[Array, "B E"]
+  wants_logprobs: Bool[Array, "B"]
+
+
+@struct.dataclass
+class DecodeState:
+  """Everything the loop carries.
+
+  Attributes:
+    draft: the drafter's own state.
+    logprobs: log-probability of each committed token under the model itself,
+      before any warp; recorded where a request wants it.
+  """
+
+  seq: Sequences
+  request: Request
+  draft: PyTree
+  done: Bool[Array, "B"]
+  logprobs: Float[Array, "B C"]
+  counters: Counters
+
+
+@struct.dataclass
+class Emission:
+  """From `start` on, the text is these tokens; a later one overwrites.
+
+  Attributes:
+    count: how many of `tokens` are meant; 0 for a finished row.
+    settled: whether they are committed and will never change.
+  """
+
+  start: Int[Array, "B"]
+  tokens: Int[Array, "B P"]
+  count: Int[Array, "B"]
+  settled: bool = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Prefix:
+  """Prompts that have been read, ready to be inserted into rows.
+
+  Attributes:
+    features: at the drafter's taps, for every prompt token.
+    last: the top of the residual stream at each prompt's last token.
+  """
+
+  tokens: Int[Array, "R T"]
+  length: Int[Array, "R"]
+  cache: Cache
+  features: tuple[Float[Array, "R T D"], ...]
+  last: Float[Array, "R D"]
+
+
+class Drafter(Protocol):
+  """Proposes what comes next. A pytree: leaves are weights, statics shape.
+
+  Attributes:
+    taps: layers below which `observe` and `insert` want the residual stream.
+    height: most tokens one step can accept; sizes the counters.
+  """
+
+  taps: tuple[int, ...]
+  height: int
+
+  def init(self, model: Model, rows: int, capacity: int) -> PyTree:
+    """The state of a batch in which no request has begun."""
+    ...
+
+  def insert(self, model: Model, state: PyTree, rows: Int[Array, "R"],
+             prefix: Prefix) -> PyTree:
+    """Begins new requests in `rows`; an index of B or more is dropped."""
+    ...
+
+  def propose(self, model: Model, seq: Sequences, request: Request,
+              state: PyTree) -> tuple[Proposal, PyTree]: ...
+
+  def observe(self, model: Model, seq: Sequences, state: PyTree,
+              proposal: Proposal, scores: Scores,
+              verdict: Verdict) -> PyTree:
+    """Sees what became of the proposal; `seq` is already committed."""
+    ...
+
+
+# (proposal, warped logits, sampling, positions of the tokens to draw).
+Verifier = Callable[
+    [Proposal, Float[Array, "B N V"], Sampling, Int[Array, "B N"]], Verdict]
+

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and values in flight, and the contract of the caches they may enter."""
+
+from typing import Any, Protocol, Self
+
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxspec import sharding
+
+
+@struct.dataclass
+class Fresh:
+  """Keys and values of the nodes in flight, one array a layer.
+
+  Rejected nodes are forgotten with it.
+  """
+
+  k: tuple[Float[Array, "B N G K"], ...]
+  v: tuple[Float[Array, "B N G K"], ...]
+
+  @classmethod
+  def empty(cls, depth: int, rows: int, nodes: int, kv_heads: int,
+            head_size: int, dtype: Any) -> "Fresh":
+    zeros = jnp.zeros((rows, nodes, kv_heads, head_size), dtype)
+    zeros = sharding.constrain(zeros, "rows", None, "kv_heads", None)
+    return cls((zeros,) * depth, (zeros,) * depth)
+
+  def write(self, layer: int, start: int, k: Float[Array, "B T G K"],
+            v: Float[Array, "B T G K"]) -> "Fresh":
+    """Sets nodes `start ...` of one layer."""
+    def put(buffers, new):
+      old = buffers[layer]
+      new = new.astype(old.dtype)
+      if new.shape != old.shape:
+        new = lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+      return (*buffers[:layer], new, *buffers[layer + 1:])
+    return Fresh(put(self.k, k), put(self.v, v))
+
+
+@struct.dataclass
+class Place:
+  """Where the tokens of one `extend` call stand.
+
+  Attributes:
+    positions: of every fresh node; the tokens of this call are nodes
+      `start ... start + T`.
+    mask: the fresh nodes each token of this call sees.
+  """
+
+  positions: Int[Array, "B N"]
+  mask: Bool[Array, "T N"] | Bool[Array, "B T N"]
+  start: int = struct.field(pytree_node=False, default=0)
+
+  @property
+  def tokens(self) -> Int[Array, "B T"]:
+    """The positions of this call's tokens."""
+    count = self.mask.shape[-2]
+    return self.positions[:, self.start:self.start + count]
+
+
+class Cache(Protocol):
+  """What every cache does. All methods are pure.
+
+  Attributes:
+    length: how many positions of each row are committed.
+  """
+
+  length: Int[Array, "B"]
+
+  @classmethod
+  def empty(cls, windows: tuple[int | None, ...], rows: int, capacity: int,
+            kv_heads: int, head_size: int, dtype: Any) -> Self:
+    """A cache of `len(windows)` layers that holds `capacity` positions."""
+    ...
+
+  @property
+  def dtype(self) -> Any: ...
+
+  def attend(self, layer: int, query: Float[Array, "B T H K"], fresh: Fresh,
+             at: Place, **options: Any) -> Float[Array, "B T H K"]:
+    """Attends to the committed prefix and to the fresh nodes of one layer."""
+    ...
+
+  def commit(self, fresh: Fresh, path: Int[Array, "B P"],
+             kept: Int[Array, "B"]) -> Self:
+    """Writes nodes `path[:, :kept]` of every layer behind the prefix.
+
+    Rows with `kept == 0` are untouched.
+    """
+    ...
+
+  def insert(self, rows: Int[Array, "R"], prefix: "Cache",
+             reserve: Int[Array, "R"]) -> Self:
+    """Replaces whole rows by those of a contiguous `prefix`.
+
+    Args:
+      rows: targets; an index of `B` or more is dropped.
+      prefix: a `ContiguousCache` of R rows.
+      reserve: the longest each row may grow, in positions.
+    """
+    ...
+
+  def release(self, rows: Bool[Array, "B"]) -> Self:
+    """Forgets these rows; nothing of them can be read again."""
+    ...
+
+
+def path_nodes(values: Float[Array, "B N G K"],
+               path: Int[Array, "B P"]) -> Float[Array, "B P G K"]:
+  """The nodes of each row's path, in order."""
+  return jnp.take_along_axis(values, path[:, :, None, None], axis=1)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cache whose layers keep no more than their window.
+
+A layer that sees `window` positions keeps a ring of as many slots, a global
+layer keeps all `capacity`. Slot s holds the latest committed position p with
+p % ring == s, so that positions follow from the length and nothing has to be
+recorded. As many slots as the window has positions suffice because nothing is
+written before it is committed: a rejected node never pushes out an old one.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from jaxspec.caches.contiguous import (
+    AXES,
+    ContiguousCache,
+    decode,
+    set_rows,
+    value_dtype,
+    wipe_rows,
+    write_slots,
+    zeros,
+)
+from jaxspec.caches.fresh import Fresh, Place, path_nodes
+from pallas_kernels import tree_attention
+
+
+@struct.dataclass
+class WindowCache:
+  """A ring of slots a row and layer; rings differ in size (S)."""
+
+  k: tuple[Num[Array, "B G _ K"], ...]
+  v: tuple[Num[Array, "B G _ K"], ...]
+  length: Int[Array, "B"]
+
+  @classmethod
+  def empty(cls, windows, rows, capacity, kv_heads, head_size, dtype):
+    def buffers():
+      return tuple(
+          zeros((rows, kv_heads, min(window or capacity, capacity), head_size),
+                dtype, AXES) for window in windows)
+    return cls(buffers(), buffers(), jnp.zeros(rows, jnp.int32))
+
+  @property
+  def dtype(self) -> Any:
+    return value_dtype(self.k[0])
+
+  def attend(self, layer: int, query: Float[Array, "B T H K"], fresh: Fresh,
+             at: Place, **options) -> Float[Array, "B T H K"]:
+    key, value = self.k[layer], self.v[layer]
+    return tree_attention(
+        query, decode(key, query), decode(value, query),
+        fresh.k[layer], fresh.v[layer],
+        slot_positions=held(self.length, key.shape[2]), positions=at.tokens,
+        fresh_positions=at.positions, mask=at.mask, **options)
+
+  def commit(self, fresh: Fresh, path: Int[Array, "B P"],
+             kept: Int[Array, "B"]) -> "WindowCache":
+    nth = jnp.arange(path.shape[1])[None]
+    def put(buffer, values):
+      ring = buffer.shape[2]
+      # Of more tokens than slots only the last are written: no slot twice.
+      written = (nth < kept[:, None]) & (nth >= kept[:, None] - ring)
+      slots = jnp.where(written, (self.length[:, None] + nth) % ring, ring)
+      return write_slots(buffer, path_nodes(values, path), slots)
+    return WindowCache(
+        tuple(map(put, self.k, fresh.k)), tuple(map(put, self.v, fresh.v)),
+        self.length + kept)
+
+  def insert(self, rows: Int[Array, "R"], prefix: ContiguousCache,
+             reserve: Int[Array, "R"]) -> "WindowCache":
+    def put(buffer, new):
+      # The row is written whole, as in `ContiguousCache`.
+      at = held(prefix.length, buffer.shape[2])[:, None, :, None]
+      new = jnp.take_along_axis(
+          decode(new), jnp.clip(at, 0, prefix.capacity - 1), axis=2)
+      return set_rows(buffer, rows, jnp.where(at >= 0, new, 0))
+    return WindowCache(
+        tuple(map(put, self.k, prefix.k)), tuple(map(put, self.v, prefix.v)),
+        self.length.at[rows].set(prefix.length, mode="drop"))
+
+  def release(self, rows: Bool[Array, "B"]) -> "WindowCache":
+    return self.replace(v=wipe_rows(self.v, rows, self.length),
+                        length=jnp.where(rows, 0, self.length))
+
+
+def held(length: Int[Array, "B"], ring: int) -> Int[Array, "B {ring}"]:
+  """The position each slot of a ring holds, -1 where it holds none."""
+  last = length[:, None] - 1
+  position = last - (last - jnp.arange(ring)[None]) % ring
+  return jnp.maximum(position, -1)

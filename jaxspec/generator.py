@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text in, text out: the front door of notebooks, programs and apps.
+
+  generator = Generator.load("smollm2-135m", drafter="prompt_lookup", rows=8)
+  for completion in generator.generate(["Once upon a time", "def fib(n):"]):
+    print(completion.text)
+"""
+
+import contextlib
+import importlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxspec import drafters, loop, sharding, verifiers
+from jaxspec.answers import Answer, Completion, TextEvent
+from jaxspec.base import DecodeState, Drafter, Verifier
+from jaxspec.errors import InputError, nearest
+from jaxspec.models.transformer import Transformer
+from jaxspec.options import Options, as_request
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+CHUNK = 512
+_BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, CHUNK)
+_DTYPES = ("bfloat16", "float32")
+_STOPS, _BIASES = 16, 64
+
+
+class Generator:
+  """A model, its tokenizer, and a batch of fixed rows to decode in.
+
+  Attributes:
+    model: the transformer, its weights on the mesh.
+    tokenizer: text to ids and back; None for a checkpoint without one, which
+      then takes and gives token ids alone.
+    rows: prompts decoded side by side.
+    capacity: most tokens of a prompt and its answer together.
+  """
+
+  def __init__(self, model: Transformer, tokenizer: Any = None, *,
+               drafter: str | Drafter = "autoregressive",
+               verifier: str | Verifier = "exact", rows: int = 1,
+               capacity: int | None = None, cache: str = "contiguous",
+               cache_dtype: str | None = None,
+               mesh: jax.sharding.Mesh | None = None,
+               eos_ids: Sequence[int] = (),
+               defaults: Mapping[str, Any] | None = None):
+    """Wraps a model that is already in memory; `load` reads one.
+
+    Args:
+      drafter: a drafter, or text for `drafters.parse`.
+      verifier: a verifier, or the name of a file in `jaxspec/verifiers`.
+      capacity: None takes 2048, or the model's context where that is shorter.
+      cache: the name of a file in `jaxspec/caches`.
+      cache_dtype: of keys and values. None takes the model's own, but float32
+        on a CPU, where XLA converts a whole bfloat16 cache to write a row.
+      mesh: where the model lies.
+      eos_ids: the model's own end tokens.
+      defaults: the checkpoint's generation config.
+
+    Raises:
+      InputError: a name that does not exist, or a size that does not fit.
+    """
+    context = model.config.context
+    self.capacity = min(2048, context) if capacity is None else capacity
+    self.model, self.tokenizer, self.rows = model, tokenizer, rows
+    self.mesh = sharding.make_mesh() if mesh is None else mesh
+    self.eos_ids = tuple(eos_ids)
+    self._defaults = dict(defaults or {})
+    self.drafter = (drafters.parse(drafter) if isinstance(drafter, str)
+                    else drafter)
+    self.verifier = (verifiers.parse(verifier) if isinstance(verifier, str)
+                     else verifier)
+    if rows < 1:
+      raise InputError(f"rows must be at least 1, got {rows}")
+    least = self.drafter.height + 2
+    if not least <= self.capacity <= context:
+      raise InputError(f"capacity must be in [{least}, {context}] (the model's "
+                       f"context), got {self.capacity}")
+    if cache_dtype is None:
+      on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+      cache_dtype = "float32" if on_cpu else model.embedding[...].dtype.name
+    self.cache_dtype = jnp.dtype(cache_dtype)
+    kind = _cache_kind(cache)
+    self._buckets = _buckets(self.capacity)
+    self._busy = False
+    self._init = jax.jit(lambda: loop.init(
+        self.model, self.drafter,
+        self.model.init_cache(kind, rows, self.capacity, self.cache_dtype),
+        stops=_STOPS, biases=_BIASES))
+    self._state: DecodeState | None = None
+
+  @classmethod
+  def load(cls, model: str, *, dtype: str | None = None,
+           mesh: Mapping[str, int] | None = None,
+           on_progress: Callable[[str, int, int], None] | None = None,
+           **options: Any) -> "Generator":
+    """Reads a checkpoint straight onto a mesh.
+
+    Args:
+      model: a Hugging Face folder, a GGUF file, an Orbax folder, a hub id, or
+        `smollm2-135m`.
+      dtype: of the weights, "bfloat16" (default) or "float32".
+      mesh: devices along each axis, e.g. `{"data": 1, "tensor": 4}`.
+      on_progress: called with each weight's name, its number and their count.
+      **options: see `__init__`.
+
+    Raises:
+      InputError: names the file, tensor or flag that is wrong.
+    """
+    from jaxspec import checkpoint                     # pulls in file formats
+    dtype = dtype or "bfloat16"
+    if dtype not in _DTYPES:
+      raise InputError(f"dtype must be one of {', '.join(_DTYPES)}, "
+                       f"got {dtype!r}.{nearest(dtype, _DTYPES)}")
+    devices = sharding.make_mesh(mesh)
+    with checkpoint.open_checkpoint(model) as opened:
+      config = opened.config
+      sharding.check(devices, kv_heads=config.kv_heads, mlp=config.mlp,
+                     **({"experts": config.experts} if config.experts else {}))
+      transformer = checkpoint.load(
+          opened, lambda array, axes: sharding.place(array, axes, devices),
+          jnp.dtype(dtype), on_progress=on_progress)
+      return cls(transformer, opened.tokenizer, mesh=devices,
+                 eos_ids=opened.eos_ids, defaults=opened.generation, **options)
+
+  @property
+  def config(self):
+    return self.model.config
+
+  def default_options(self, **overrides: Any) -> Options:
+    """The checkpoint's own generation settings, under the caller's.
+
+    A checkpoint that does not ask for sampling is decoded greedily, whatever
+    temperature it mentions.
+    """
+    names = ("top_k", "top_p", "min_p", "repetition_penalty", "temperature")
+    found = {name: self._defaults[name] for name in names
+             if isinstance(self._defaults.get(name), int | float)}
+    if not self._defaults.get("do_sample"):
+      found = {k: v for k, v in found.items() if k == "repetition_penalty"}
+    return Options(**{**found, **overrides})
+
+  def generate(
+      self, prompts: Sequence[Prompt],
+      options: Options | Sequence[Options] | None = None, *,
+      chat: bool = False,
+      on_completion: Callable[[int, Completion], None] | None = None,
+      on_text: Callable[[int, str], None] | None = None,
+  ) -> list[Completion]:
+    """Decodes any number of prompts through the fixed rows.
+
+    Args:
+      prompts: texts, token ids, or conversations of `{"role", "content"}`.
+      options: one for all, or one a prompt; None for `default_options()`.
+      chat: whether a text is the user's message, to be rendered by the
+        model's chat template.
+      on_completion: called with the index of a prompt and its completion, as
+        soon as it is there.
+      on_text: called with new settled text of a prompt, as it is made.
+
+    Returns:
+      One completion a prompt, in the order of `prompts`.
+
+    Raises:
+      InputError: a prompt or option that cannot be served; nothing is decoded.
+    """
+    waiting = deque(self._answers(prompts, options, chat))
+    active: list[Answer | None] = [None] * self.rows
+    finished: dict[int, Completion] = {}
+    with self._batch(), jax.set_mesh(self.mesh):
+      state = self._take_state()
+      while waiting or any(active):
+        state = self._fill(state, active, waiting)
+        watched = on_text is not None or any(a and a.options.stop
+                                             for a in active)
+        state = loop.decode(
+            self.model, self.drafter, self.verifier, state,
+            np.int32(16 if watched else 2**30), np.bool_(not waiting))
+        state = self._collect(state, active, finished, on_completion, on_text)
+      self._state = state
+    return [finished[i] for i in range(len(finished))]
+
+  def stream(self, prompt: Prompt, options: Options | None = None, *,
+             chat: bool = False) -> Iterator[TextEvent]:
+    """Decodes one prompt, yielding text as it is made.
+
+    Yields:
+      Provisional text as soon as it is drafted, then the settled text in its
+      place. Settled texts joined are the completion's text; the last event
+      carries the completion.
+    """
+    (answer,) = self._answers([prompt], options, chat)
+    with self._batch():
+      with jax.set_mesh(self.mesh):
+        state = self._fill(self._take_state(), [None] * self.rows,
+                           deque([answer]))
+        steps = loop.stream(self.model, self.drafter, self.verifier, state)
+      yield from answer.take(_View(state), 0)
+      while not answer.completion:
+        with jax.set_mesh(self.mesh):       # not while the caller has control
+          emission, state = next(steps)
+        if emission.settled:
+          yield from answer.take(_View(state), 0)
+        else:
+          count = int(emission.count[0])
+          yield from answer.guess(np.asarray(emission.tokens)[0, :count])
+      with jax.set_mesh(self.mesh):
+        self._state = loop.release(state, np.ones(self.rows, bool))
+
+  @contextlib.contextmanager
+  def _batch(self) -> Iterator[None]:
+    """Holds the rows for one call at a time."""
+    if self._busy:
+      raise InputError("this Generator is already decoding; finish or close "
+                       "that stream first, or make a second Generator")
+    self._busy = True
+    try:
+      yield
+    finally:
+      self._busy = False
+
+  def _take_state(self) -> DecodeState:
+    """All rows free. A call that was interrupted left none; then a new one."""
+    state, self._state = self._state, None
+    return self._init() if state is None else state
+
+  def _answers(self, prompts, options, chat) -> list[Answer]:
+    """Checks everything before anything is decoded."""
+    if options is None:
+      options = self.default_options()
+    if isinstance(options, Options):
+      options = [options] * len(prompts)
+    if len(options) != len(prompts):
+      raise InputError(f"{len(prompts)} prompts but {len(options)} options; "
+                       "pass one for all or one for each")
+    answers = []
+    for index, (prompt, option) in enumerate(zip(prompts, options)):
+      text, ids = self._read(prompt, chat, index)
+      over = len(ids) + option.max_new_tokens - self.capacity
+      if over > 0:
+        raise InputError(
+            f"prompt {index} of {len(ids)} tokens + max_new_tokens "
+            f"{option.max_new_tokens} exceeds the capacity {self.capacity}; "
+            f"shorten by {over}, or raise capacity")
+      as_request([option], [len(ids)], self.eos_ids, vocab=self.config.vocab,
+                 stops=_STOPS, biases=_BIASES)
+      answers.append(Answer(index, text, ids, option, self.tokenizer,
+                            self.eos_ids, draft_length=self.drafter.height,
+                            verifier=_name(self.verifier)))
+    return answers
+
+  def _read(self, prompt: Prompt, chat: bool, index: int
+            ) -> tuple[str, list[int]]:
+    """A prompt as text and as ids."""
+    if isinstance(prompt, str) and chat:
+      prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, str) and len(prompt) and isinstance(
+        prompt[0], Mapping):
+      text = self._tokenizer(index).render(prompt)
+      ids = self._tokenizer(index).encode(text, special=False)
+    elif isinstance(prompt, str):
+      text, ids = prompt, self._tokenizer(index).encode(prompt)
+    else:
+      ids = [int(i) for i in prompt]
+      text = self.tokenizer.decode(ids) if self.tokenizer else ""
+    if not ids:
+      raise InputError(f"prompt {index} is empty; pass at least one token")
+    for at, i in enumerate(ids):
+      if not 0 <= i < self.config.vocab:
+        raise InputError(f"prompt {index}: token id {i} at {at} is not in "
+                         f"[0, {self.config.vocab - 1}]")
+    return text, ids
+
+  def _tokenizer(self, index: int):
+    if self.tokenizer is None:
+      raise InputError(f"prompt {index} is text but the checkpoint has no "
+                       "tokenizer; pass token ids")
+    return self.tokenizer
+
+  def _fill(self, state: DecodeState, active: list[Answer | None],
+            waiting: deque[Answer]) -> DecodeState:
+    """Moves waiting prompts into free rows, those of one bucket together."""
+    free = [row for row, answer in enumerate(active) if answer is None]
+    while free and waiting:
+      bucket = self._bucket(waiting[0])
+      group = []
+      while waiting and len(group) < len(free) and (
+          self._bucket(waiting[0]) == bucket):
+        group.append(waiting.popleft())
+      rows = [free.pop(0) for _ in group]
+      # Two programs a bucket: one prompt, or as many as there are rows.
+      if len(group) * 2 < self.rows:
+        batches = [([r], [a]) for r, a in zip(rows, group)]
+      else:
+        batches = [(rows, group)]
+      for some, answers in batches:
+        state = self._insert(state, some, answers, bucket)
+      for row, answer in zip(rows, group):
+        active[row] = answer
+    return state
+
+  def _bucket(self, answer: Answer) -> int:
+    return next(b for b in self._buckets if b >= len(answer.prompt_ids))
+
+  def _insert(self, state, rows, answers, bucket):
+    start = time.perf_counter()
+    size = 1 if len(answers) == 1 else self.rows
+    spare = size - len(answers)
+    rows = np.array([*rows, *[self.rows] * spare], np.int32)   # dropped
+    padded = [*answers, *answers[:1] * spare]
+    tokens = np.zeros((size, bucket), np.int32)
+    for row, answer in zip(tokens, padded):
+      row[:len(answer.prompt_ids)] = answer.prompt_ids
+    lengths = np.array([len(a.prompt_ids) for a in padded], np.int32)
+    request = as_request([a.options for a in padded], lengths, self.eos_ids,
+                         vocab=self.config.vocab, stops=_STOPS, biases=_BIASES)
+    prefix = loop.prefill(self.model, self.drafter.taps, tokens, lengths,
+                          chunk=CHUNK, dtype=self.cache_dtype)
+    state = loop.insert(self.model, self.drafter, self.verifier, state, rows,
+                        prefix, request)
+    jax.block_until_ready(state.done)
+    for answer in answers:
+      answer.begun(time.perf_counter() - start)
+    return state
+
+  def _collect(self, state, active, finished, on_completion, on_text):
+    """Hands out what was decoded, and frees rows that are through."""
+    view = _View(state)
+    abandoned = np.zeros(self.rows, bool)
+    for row, answer in enumerate(active):
+      if answer is None:
+        continue
+      text = "".join(event.text for event in answer.take(view, row))
+      if on_text and text:
+        on_text(answer.index, text)
+      if answer.completion:
+        active[row] = None
+        finished[answer.index] = answer.completion
+        abandoned[row] = not view.done[row]
+        if on_completion:
+          on_completion(answer.index, answer.completion)
+    free = np.array([answer is None for answer in active])
+    if abandoned.any():
+      state = loop.release(state, free)
+    return state
+
+
+class _View:
+  """What the host reads of a state, in one transfer."""
+
+  def __init__(self, state: DecodeState):
+    seq = state.seq
+    (self.tokens, self.length, self.prompt_length, self.done, self.logprobs,
+     self.counters) = jax.device_get(
+         (seq.tokens, seq.length, seq.prompt_length, state.done,
+          state.logprobs, state.counters))
+
+
+def _buckets(capacity: int) -> list[int]:
+  """Prompt lengths that programs are compiled for, up to one that is enough.
+
+  Above `CHUNK` they double, so that they stay multiples of it.
+  """
+  sizes = list(_BUCKETS)
+  while sizes[-1] < capacity:
+    sizes.append(2 * sizes[-1])
+  return [*(s for s in sizes if s < capacity),
+          next(s for s in sizes if s >= capacity)]
+
+
+def _cache_kind(name: str):
+  known = ("contiguous", "paged", "window")
+  if name not in known:
+    raise InputError(f"cache {name!r} is unknown; there are "
+                     f"{', '.join(known)}.{nearest(name, known)}")
+  module = importlib.import_module(f"jaxspec.caches.{name}")
+  return getattr(module, f"{name.capitalize()}Cache")
+
+
+def _name(verifier: Verifier) -> str:
+  return getattr(verifier, "__name__", type(verifier).__name__)
+
+
+__all__ = ["Completion", "Generator", "Options", "TextEvent"]

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a request cost and what speculation gave back.
+
+The counts obey one convention, and `Stats.reconcile` holds them to it: the
+prefill emits the first token, every later pass of the target emits its
+accepted draft tokens and one of its own. A draft token that agreed but stood
+behind an end token or past the token budget was not emitted, so it is not
+counted as accepted.
+
+The formulas are vLLM's, so that figures can be compared:
+`mean_len = 1 + accepted / drafts`, and the rate of a position is the share of
+all drafts in which that position was accepted.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass
+class Stats:
+  """Counts and times of one request, or of several together.
+
+  Attributes:
+    prompt_tokens: tokens prefilled.
+    prompt_seconds: time of the prefill.
+    first_token_seconds: from the request to its first token; of several
+      requests, the mean.
+    new_tokens: tokens in the completion.
+    decode_seconds: time of the passes after the prefill; of several requests,
+      the sum, although rows decode at the same time.
+    passes: passes of the target after the prefill.
+    drafted: draft tokens the target has scored.
+    accepted: draft tokens that were emitted.
+    drafted_by_position: passes that drafted something `i + 1` tokens ahead.
+      Its first entry is the number of drafts.
+    accepted_by_position: passes that accepted the draft `i + 1` tokens ahead.
+    compiles: programs compiled meanwhile.
+    seed: seed of the noise, or None where requests differ.
+    verifier: name of the verifier, or "mixed".
+    draft_length: longest path of a proposal; 0 is plain decoding.
+    wall_seconds: from the request to its completion; of several requests,
+      whatever the caller measured, else the sum.
+    dropped: tokens decoded and thrown away by the host, which alone can see
+      a stop string.
+    requests: how many requests were added up.
+  """
+
+  prompt_tokens: int = 0
+  prompt_seconds: float = 0.0
+  first_token_seconds: float = 0.0
+  new_tokens: int = 0
+  decode_seconds: float = 0.0
+  passes: int = 0
+  drafted: int = 0
+  accepted: int = 0
+  drafted_by_position: list[int] = dataclasses.field(default_factory=list)
+  accepted_by_position: list[int] = dataclasses.field(default_factory=list)
+  compiles: int = 0
+  seed: int | None = 0
+  verifier: str = "exact"
+  draft_length: int = 0
+  wall_seconds: float = 0.0
+  dropped: int = 0
+  requests: int = 1
+
+  @property
+  def drafts(self) -> int:
+    """Passes that had a draft to verify."""
+    return self.drafted_by_position[0] if self.drafted_by_position else 0
+
+  @property
+  def acceptance_rate(self) -> float:
+    """Share of the draft tokens that was accepted."""
+    return self.accepted / self.drafted if self.drafted else 0.0
+
+  @property
+  def mean_length(self) -> float:
+    """Tokens a pass with a draft emitted, on average."""
+    return 1.0 + (self.accepted / self.drafts if self.drafts else 0.0)
+
+  @property
+  def decode_tokens(self) -> int:
+    """Tokens the passes emitted: all but the ones the prefill gave."""
+    return self.passes + self.accepted
+
+  @property
+  def rates_by_position(self) -> list[float]:
+    """Share of all drafts in which each position was accepted."""
+    return [n / self.drafts for n in self.accepted_by_position if self.drafts]
+
+  def merge(self, other: "Stats") -> "Stats":
+    """Returns both together; see the attributes for what is not a sum."""
+    requests = self.requests + other.requests
+    first_token = (
+      self.first_token_seconds * self.requests
+      + other.first_token_seconds * other.requests
+    )
+    sums = {
+      name: getattr(self, name) + getattr(other, name)
+      for name in (
+        "prompt_tokens",
+        "prompt_seconds",
+        "new_tokens",
+        "decode_seconds",
+        "passes",
+        "drafted",
+        "accepted",
+        "compiles",
+        "wall_seconds",
+        "dropped",
+      )
+    }
+    same_verifier = self.verifier == other.verifier
+    return Stats(
+      **sums,
+      first_token_seconds=first_token / requests if requests else 0.0,
+      drafted_by_position=_add(
+        self.drafted_by_position, other.drafted_by_position
+      ),
+      accepted_by_position=_add(
+        self.accepted_by_position, other.accepted_by_position
+      ),
+      seed=self.seed if self.seed == other.seed else None,
+      verifier=self.verifier if same_verifier else "mixed",
+      draft_length=max(self.draft_length, other.draft_length),
+      requests=requests,
+    )
+
+  def reconcile(self) -> None:
+    """Raises AssertionError, with both sides, where counts do not add up."""
+    emitted = self.new_tokens + self.dropped
+    expected = self.requests + self.passes + self.accepted
+    _equal(
+      "new_tokens + dropped", emitted, "requests + passes + accepted", expected
+    )
+    _equal(
+      "sum(accepted_by_position)",
+      sum(self.accepted_by_position),
+      "accepted",
+      self.accepted,
+    )
+    _at_most("accepted", self.accepted, "drafted", self.drafted)
+    _at_most("drafts", self.drafts, "passes", self.passes)
+    # A tree drafts several nodes at one position, a chain exactly one.
+    _at_most(
+      "sum(drafted_by_position)",
+      sum(self.drafted_by_position),
+      "drafted",
+      self.drafted,
+    )
+    drafted = self.drafted_by_position
+    accepted = self.accepted_by_position
+    _at_most("accepted positions", len(accepted), "drafted", len(drafted))
+    for at, (part, whole) in enumerate(zip(accepted, drafted)):
+      _at_most(f"accepted_by_position[{at}]", part, "drafted", whole)
+    for name, counts in (("drafted", drafted), ("accepted", accepted)):
+      for at, (more, fewer) in enumerate(zip(counts, counts[1:])):
+        _at_most(f"{name}_by_position[{at + 1}]", fewer, f"[{at}]", more)
+
+  def line(self, memory: str | None = None) -> str:
+    """Returns the one line that says it all.
+
+    Args:
+      memory: replaces the measured memory; "" leaves it out.
+    """
+    if memory is None:
+      memory = memory_in_use()
+    parts = []
+    if self.requests > 1:
+      rate = _rate(self.new_tokens, self.wall_seconds)
+      wall = _duration(self.wall_seconds)
+      parts.append(f"{self.requests} requests {wall} ({rate})")
+    parts += [
+      f"prompt {self.prompt_tokens} tok {_duration(self.prompt_seconds)} "
+      f"({_rate(self.prompt_tokens, self.prompt_seconds)})",
+      f"ttft {_duration(self.first_token_seconds, 0)}",
+      f"decode {self.decode_tokens} tok {_duration(self.decode_seconds)} "
+      f"({_rate(self.decode_tokens, self.decode_seconds)})",
+    ]
+    if self.draft_length:
+      rates = " ".join(_share(rate) for rate in self.rates_by_position)
+      parts.append(
+        f"spec k={self.draft_length} drafts={self.drafts} "
+        f"accepted={self.accepted}/{self.drafted} "
+        f"({100 * self.acceptance_rate:.1f}%) "
+        f"mean_len={self.mean_length:.2f} pos=[{rates}]"
+      )
+    parts.append(f"compiles {self.compiles}")
+    if memory:
+      parts.append(memory)
+    seed = "mixed" if self.seed is None else self.seed
+    parts.append(f"seed={seed} verify={self.verifier}")
+    return " | ".join(parts)
+
+  def as_dict(self) -> dict[str, Any]:
+    """Returns what JSON can hold: the fields and what follows from them."""
+    return dataclasses.asdict(self) | {
+      "drafts": self.drafts,
+      "acceptance_rate": self.acceptance_rate,
+      "mean_length": self.mean_length,
+    }
+
+
+def total(stats: Iterable[Stats], wall_seconds: float | None = None) -> Stats:
+  """Returns all of `stats` together.
+
+  Args:
+    stats: one a request.
+    wall_seconds: the time they took side by side. Without it the result's
+      `wall_seconds` is their sum, which is too long for rows that ran at once.
+  """
+  whole = None
+  for one in stats:
+    whole = dataclasses.replace(one) if whole is None else whole.merge(one)
+  whole = Stats(requests=0) if whole is None else whole
+  if wall_seconds is not None:
+    whole.wall_seconds = wall_seconds
+  return whole
+
+
+def memory_in_use() -> str:
+  """Returns the first device's peak and limit, else this process's peak."""
+  stats = jax.local_devices()[0].memory_stats()
+  if stats and stats.get("bytes_limit"):
+    peak = stats.get("peak_bytes_in_use", stats.get("bytes_in_use", 0))
+    return f"hbm {peak / 2**30:.1f}/{stats['bytes_limit'] / 2**30:.1f} GiB"
+  try:
+    import resource
+  except ImportError:  # Windows has no such module.
+    return ""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  # Linux counts in KiB, macOS in bytes.
+  size = peak if sys.platform == "darwin" else peak * 1024
+  return f"rss {size / 2**30:.1f} GiB"
+
+
+def _add(a: Sequence[int], b: Sequence[int]) -> list[int]:
+  length = max(len(a), len(b))
+  pad = lambda counts: [*counts, *[0] * (length - len(counts))]
+  return [x + y for x, y in zip(pad(a), pad(b))]
+
+
+def _equal(name: str, value: int, other: str, limit: int) -> None:
+  if value != limit:
+    raise AssertionError(f"{name} is {value}, but {other} is {limit}")
+
+
+def _at_most(name: str, value: int, other: str, limit: int) -> None:
+  if value > limit:
+    raise AssertionError(f"{name} is {value}, above {other}, which is {limit}")
+
+
+def _duration(seconds: float, digits: int = 1) -> str:
+  if seconds < 1.0:
+    return f"{1000 * seconds:.{digits}f} ms"
+  return f"{seconds:.2f} s"
+
+
+def _rate(count: int, seconds: float) -> str:
+  return f"{count / seconds:.0f}/s" if seconds > 0 else "-/s"
+
+
+def _share(rate: float) -> str:
+  return f"{rate:.2f}".removeprefix("0")

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixture of experts without capacity: a token never depends on its peers.
+
+Each token is copied to its experts, the copies are sorted by expert, and each
+expert multiplies its own: the work grows with `per_token`, not with the number
+of experts. On a mesh each shard does so for the experts (and the slice of
+their width) it holds, for the rows of its data shard, and one sum over the
+shards follows; neither tokens nor weights travel.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxspec import sharding
+from jaxspec.models.layers import ACTIVATIONS, linear
+
+
+def mixture(x: Float[Array, "B T D"], router: Float[Array, "E D"],
+            gate_up: Float[Array, "E 2 F D"], down: Float[Array, "E D F"], *,
+            per_token: int, normalize: bool,
+            activation: str) -> Float[Array, "B T D"]:
+  """Sends each token to its `per_token` best experts, none dropped.
+
+  Args:
+    normalize: whether the chosen weights are rescaled to sum to one.
+
+  Returns:
+    The weighted sum of the experts' outputs, in float32.
+  """
+  chosen, experts = _route(x, router, per_token, normalize)
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return _mix(x, chosen, experts, gate_up, down, activation)
+
+  by_row = sharding.spec(("rows", None, None), x.shape, mesh)
+  wide = sharding.spec(("experts", None, "mlp", None), gate_up.shape, mesh)
+  deep = sharding.spec(("experts", None, "mlp"), down.shape, mesh)
+  owner, slice_axis = wide[0], wide[2]
+
+  def shard(x, chosen, experts, gate_up, down):
+    if owner:
+      experts = experts - lax.axis_index(owner) * gate_up.shape[0]
+    y = _mix(x, chosen, experts, gate_up, down, activation)
+    split = tuple(axis for axis in (owner, slice_axis) if axis)
+    return lax.psum(y, split) if split else y
+
+  # Nothing inside says which values differ between shards: no check_vma.
+  return jax.shard_map(
+      shard, in_specs=(by_row, by_row, by_row, wide, deep), out_specs=by_row,
+      check_vma=False)(x, chosen, experts, gate_up, down)
+
+
+def _route(x, router, per_token, normalize):
+  weights = jax.nn.softmax(linear(x, router), axis=-1)          # [B T E]
+  chosen, experts = lax.top_k(weights, per_token)
+  if normalize:
+    chosen = chosen / jnp.sum(chosen, axis=-1, keepdims=True)
+  return chosen, experts
+
+
+def _mix(x, chosen, experts, gate_up, down, activation):
+  """The weighted sum over those chosen experts that are in [0, E)."""
+  count, per_token = len(gate_up), experts.shape[-1]
+  here = (experts >= 0) & (experts < count)
+  expert = jnp.where(here, experts, count).reshape(-1)          # [A]
+  order = jnp.argsort(expert, stable=True)
+  sizes = jnp.sum(expert[None] == jnp.arange(count)[:, None], axis=1,
+                  dtype=jnp.int32)
+  tokens = x.reshape(-1, x.shape[-1])[order // per_token]
+  y = lax.platform_dependent(
+      tokens, sizes, gate_up, down,
+      cpu=functools.partial(_by_block, activation=activation),
+      default=functools.partial(_by_ragged_dot, activation=activation))
+  y = y[jnp.argsort(order)].reshape(*experts.shape, -1)         # [B T k D]
+  y = jnp.where(here[..., None], y * chosen[..., None], 0)
+  return jnp.sum(y, axis=-2)
+
+
+def _by_ragged_dot(tokens: Float[Array, "A D"], sizes: Int[Array, "E"],
+                   gate_up: Float[Array, "E 2 F D"],
+                   down: Float[Array, "E D F"], *,
+                   activation: str) -> Float[Array, "A D"]:
+  """Runs of `sizes[e]` tokens through expert e; what follows is undefined."""
+  groups, _, width, _ = gate_up.shape
+  dims = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
+  precision = lax.Precision.HIGHEST if tokens.dtype == jnp.float32 else None
+
+  def dot(x, weight):
+    return lax.ragged_dot_general(x, weight, sizes, dims, precision=precision,
+                                  preferred_element_type=jnp.float32)
+
+  hidden = dot(tokens, gate_up.reshape(groups, 2 * width, -1))
+  hidden = _gate(hidden.reshape(-1, 2, width), activation)
+  return dot(hidden.astype(tokens.dtype), down)
+
+
+def _by_block(tokens: Float[Array, "A D"], sizes: Int[Array, "E"],
+              gate_up: Float[Array, "E 2 F D"], down: Float[Array, "E D F"],
+              *, activation: str) -> Float[Array, "A D"]:
+  """The same, a few tokens of one expert at a time.
+
+  XLA:CPU multiplies a ragged dot out over all experts. At 128 experts of 0.4 M
+  float32 weights, 8 a token, that took 118 / 191 ms for 1 / 8 tokens, and the
+  dense product 89 / 123 / 155 ms for 1 / 8 / 64; blocks take 4 / 27 / 119 ms.
+  At 8 experts, 2 a token, it is 3.3 / 4.2 / 8.9 ms, dense 2.7 / 3.7 / 4.4,
+  blocks 1.7 / 3.2 / 6.1. In bfloat16 the ratios are the same or better.
+  """
+  count, groups = len(tokens), len(sizes)
+  # About twice a group's average: seldom two blocks, little padding. (One row
+  # of bfloat16 has no kernel at all.)
+  average = 2 * count // groups
+  block = min(max(4, 1 << (average - 1).bit_length() if average else 4), 64)
+  most = min(count, groups + count // block)
+
+  blocks = (sizes + block - 1) // block                         # [E]
+  last, end = jnp.cumsum(blocks), jnp.cumsum(sizes)
+  first, start = last - blocks, end - sizes
+  nth = jnp.arange(most)
+  expert = jnp.minimum(jnp.searchsorted(last, nth, side="right"), groups - 1)
+  row = start[expert] + (nth - first[expert]) * block
+  rows = jnp.clip(row[:, None] + jnp.arange(block)[None], 0, count - 1)
+
+  def run(_, step):
+    expert, rows, live = step
+    def multiply():
+      up, dn = (lax.dynamic_index_in_dim(w, expert, keepdims=False)
+                for w in (gate_up, down))
+      hidden = _gate(linear(tokens[rows][None], up)[0], activation)
+      return linear(hidden.astype(tokens.dtype)[None], dn)[0]
+    def skip():
+      return jnp.zeros((block, tokens.shape[1]), jnp.float32)
+    return None, lax.cond(live, multiply, skip)
+
+  _, y = lax.scan(run, None, (expert, rows, nth < last[-1]))
+  # Back from blocks to rows.
+  row = jnp.arange(count)
+  owner = jnp.minimum(jnp.searchsorted(end, row, side="right"), groups - 1)
+  at = first[owner] * block + row - start[owner]
+  return y.reshape(most * block, -1)[jnp.clip(at, 0, most * block - 1)]
+
+
+def _gate(hidden, activation):
+  return ACTIVATIONS[activation](hidden[..., 0, :]) * hidden[..., 1, :]

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One transformer: `embed`, `extend(layers=range)`, `unembed`.
+
+Families differ by data alone: a `Config`, read from a checkpoint by the short
+file that bears the family's name. Weights are Flax NNX and read-only; what
+changes while decoding is the plain pytrees of `jaxspec.caches`.
+
+How layers are stored (the one decision, measured by
+`experiments/layer_storage.py`): **each layer owns its arrays, and `extend`
+unrolls them**. A scan over a stack costs XLA:CPU a copy of every layer's
+weights a token, and a static slice `stack[a:b]`, which early exit needs, is a
+copy on every backend. A list costs nothing at run time on any of them, makes
+`layers=range(a, b)` free, and lets a sliding-window layer keep a smaller cache
+than a global one. The price is compile time, linear in the depth; the
+persistent compilation cache pays it once.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxspec import sharding
+from jaxspec.caches import Cache, Fresh, Place
+from jaxspec.models import layers, moe
+from jaxspec.models.layers import Rope
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Everything in which two transformers of the supported families differ.
+
+  Attributes:
+    windows: for each layer, how many positions a token sees (itself included),
+      or None for all of them.
+    ropes: for each layer, its rotary embedding.
+    query_scale: what attention scores are multiplied by.
+    embed_scale: what embeddings are multiplied by (Gemma: sqrt(width)).
+    experts: number of experts; 0 means a dense MLP.
+    experts_per_token: experts a token is sent to.
+    normalize_experts: whether their weights are rescaled to sum to one.
+    context: the longest sequence the model was made for, in tokens.
+  """
+
+  family: str
+  vocab: int
+  width: int
+  depth: int
+  heads: int
+  kv_heads: int
+  head_size: int
+  mlp: int
+  ropes: tuple[Rope, ...]
+  windows: tuple[int | None, ...]
+  context: int
+  norm_eps: float = 1e-5
+  activation: str = "silu"
+  tied: bool = False
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  post_norms: bool = False
+  attention_cap: float | None = None
+  logits_cap: float | None = None
+  query_scale: float | None = None
+  embed_scale: float | None = None
+  experts: int = 0
+  experts_per_token: int = 0
+  normalize_experts: bool = True
+
+  @property
+  def queries_per_kv(self) -> int:
+    return self.heads // self.kv_heads
+
+  @property
+  def scale(self) -> float:
+    return self.query_scale or 1 / math.sqrt(self.head_size)
+
+
+class Source(Protocol):
+  """Gives the weight called `path`: random, read from a file, or abstract.
+
+  `axes` are the logical names of its dimensions (see `jaxspec.sharding`).
+  Norm weights ask for float32, all others take the source's own dtype.
+  """
+
+  def __call__(
+      self,
+      path: str,
+      shape: tuple[int, ...],
+      axes: tuple[str | None, ...],
+      dtype: Any = None,
+  ) -> Any: ...
+
+
+class Block(nnx.Module):
+  """The weights of one layer. Norms are float32 multipliers."""
+
+  def __init__(self, config: Config, source: Source, layer: int):
+    c = config
+
+    def weight(name, shape, axes, dtype=None):
+      return nnx.Param(source(f"layers.{layer}.{name}", shape, axes, dtype),
+                       axes=axes)
+
+    def norm(name, size=c.width):
+      return weight(name, (size,), (None,), jnp.float32)
+
+    fused = (c.kv_heads, c.queries_per_kv + 2, c.head_size)
+    self.attn_norm = norm("attn_norm")
+    # Query, key and value fused by key/value head: one dot, and a tensor
+    # axis splits it without cutting through a head.
+    self.qkv = weight("qkv", (*fused, c.width),
+                      ("kv_heads", None, None, None))
+    if c.qkv_bias:
+      self.qkv_bias = weight("qkv_bias", fused, ("kv_heads", None, None))
+    if c.qk_norm:
+      self.q_norm = norm("q_norm", c.head_size)
+      self.k_norm = norm("k_norm", c.head_size)
+    self.out = weight(
+        "out", (c.width, c.kv_heads, c.queries_per_kv, c.head_size),
+        (None, "kv_heads", None, None))
+    self.mlp_norm = norm("mlp_norm")
+    if c.post_norms:
+      self.post_attn_norm = norm("post_attn_norm")
+      self.post_mlp_norm = norm("post_mlp_norm")
+    if c.experts:
+      self.router = weight("router", (c.experts, c.width), (None, None))
+      self.gate_up = weight("gate_up", (c.experts, 2, c.mlp, c.width),
+                            ("experts", None, "mlp", None))
+      self.down = weight("down", (c.experts, c.width, c.mlp),
+                         ("experts", None, "mlp"))
+    else:
+      self.gate_up = weight("gate_up", (2, c.mlp, c.width),
+                            (None, "mlp", None))
+      self.down = weight("down", (c.width, c.mlp), (None, "mlp"))
+
+
+class Transformer(nnx.Module):
+  """A decoder-only transformer. Read-only: every method is pure."""
+
+  def __init__(self, config: Config, source: Source):
+    self.config = config
+    shape, axes = (config.vocab, config.width), ("vocab", None)
+    self.embedding = nnx.Param(source("embedding", shape, axes),
+                               axes=axes)
+    self.layers = nnx.List(
+        Block(config, source, layer) for layer in range(config.depth))
+    self.final_norm = nnx.Param(
+        source("final_norm", (config.width,), (None,), jnp.float32),
+        axes=(None,))
+    if not config.tied:
+      self.lm_head = nnx.Param(source("lm_head", shape, axes),
+                               axes=axes)
+
+  @property
+  def depth(self) -> int:
+    return self.config.depth
+
+  @property
+  def vocab(self) -> int:
+    return self.config.vocab
+
+  def init_fresh(self, cache: Cache, nodes: int) -> Fresh:
+    """A buffer for `nodes` tokens in flight beside `cache`."""
+    c = self.config
+    return Fresh.empty(c.depth, len(cache.length), nodes, c.kv_heads,
+                       c.head_size, cache.dtype)
+
+  def init_cache(self, kind: type[Cache], rows: int, capacity: int,
+                 dtype: Any) -> Cache:
+    """An empty cache of the given kind."""
+    c = self.config
+    return kind.empty(c.windows, rows, capacity, c.kv_heads, c.head_size,
+                      dtype)
+
+  def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """The residual stream below the first layer."""
+    x = self.embedding[...][tokens]
+    if self.config.embed_scale is not None:
+      x = x * jnp.asarray(self.config.embed_scale, x.dtype)
+    return sharding.constrain(x, "rows", None, None)
+
+  def extend(self, x: Float[Array, "B T D"], cache: Cache, fresh: Fresh,
+             at: Place, *, layers: range
+             ) -> tuple[Float[Array, "B T D"], Fresh]:
+    """Takes the residual stream through `layers`.
+
+    Every layer writes the keys and values of these tokens into `fresh` and
+    attends to the committed prefix and to the fresh nodes `at.mask` allows.
+    """
+    angles = {rope: rope.angles(at.tokens, self.config.head_size)
+              for rope in {self.config.ropes[i] for i in layers}}
+    for layer in layers:
+      x, fresh = self._block(layer, x, cache, fresh, at, angles)
+    return x, fresh
+
+  def unembed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Logits, in float32."""
+    x = layers.rms_norm(x, self.final_norm[...], self.config.norm_eps)
+    head = self.embedding if self.config.tied else self.lm_head
+    logits = layers.linear(x, head[...])
+    if self.config.logits_cap is not None:
+      logits = self.config.logits_cap * jnp.tanh(
+          logits / self.config.logits_cap)
+    return sharding.constrain(logits, "rows", None, "vocab")
+
+  def _block(self, layer, x, cache, fresh, at, angles):
+    block, eps = self.layers[layer], self.config.norm_eps
+
+    def add(x, y, post_norm):
+      y = y.astype(x.dtype)
+      if self.config.post_norms:
+        y = layers.rms_norm(y, getattr(block, post_norm)[...], eps)
+      return sharding.constrain(x + y, "rows", None, None)
+
+    y = layers.rms_norm(x, block.attn_norm[...], eps)
+    y, fresh = self._attention(layer, y, cache, fresh, at, angles)
+    x = add(x, y, "post_attn_norm")
+    y = layers.rms_norm(x, block.mlp_norm[...], eps)
+    return add(x, self._mlp(block, y), "post_mlp_norm"), fresh
+
+  def _attention(self, layer, x, cache, fresh, at, angles):
+    c, block = self.config, self.layers[layer]
+    qkv = layers.linear(x, block.qkv[...])                 # [B T G R+2 K]
+    if c.qkv_bias:
+      qkv = qkv + block.qkv_bias[...][None, None]
+    q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+    if c.qk_norm:
+      q = layers.rms_norm(q, block.q_norm[...], c.norm_eps)
+      k = layers.rms_norm(k, block.k_norm[...], c.norm_eps)
+    q = layers.rotate(q, angles[c.ropes[layer]]).astype(x.dtype)
+    k = layers.rotate(k, angles[c.ropes[layer]])
+    fresh = fresh.write(layer, at.start, k, v)
+    rows, tokens = x.shape[:2]
+    y = cache.attend(
+        layer, q.reshape(rows, tokens, c.heads, c.head_size), fresh, at,
+        scale=c.scale, window=c.windows[layer],
+        logits_soft_cap=c.attention_cap)
+    y = y.reshape(rows, tokens, c.kv_heads, c.queries_per_kv, c.head_size)
+    return layers.linear(y, block.out[...], contract=3), fresh
+
+  def _mlp(self, block, x):
+    c = self.config
+    if c.experts:
+      return moe.mixture(
+          x, block.router[...], block.gate_up[...], block.down[...],
+          per_token=c.experts_per_token, normalize=c.normalize_experts,
+          activation=c.activation)
+    hidden = layers.linear(x, block.gate_up[...])          # [B T 2 F]
+    hidden = (layers.ACTIVATIONS[c.activation](hidden[..., 0, :])
+              * hidden[..., 1, :]).astype(x.dtype)
+    hidden = sharding.constrain(hidden, "rows", None, "mlp")
+    return layers.linear(hidden, block.down[...])
+
+
+def random_source(seed: int, dtype: Any = jnp.float32, scale: float = 1.0,
+                  put: Callable[..., jax.Array] | None = None) -> Source:
+  """Weights from a seed, for tests and for plumbing: norms 1, the rest normal.
+
+  Args:
+    scale: standard deviation of a weight, times the square root of its
+      fan-in.
+  """
+  def source(path, shape, axes, wanted=None):
+    name = path.rsplit(".", 1)[-1]
+    rng = np.random.default_rng([seed, *path.encode()])
+    if name.endswith("norm"):
+      value = 1 + 0.1 * rng.standard_normal(shape)
+    else:
+      fan_in = math.prod(shape[1:]) if name == "out" else shape[-1]
+      value = rng.standard_normal(shape) * scale / math.sqrt(fan_in)
+    value = value.astype(np.float32).astype(wanted or dtype)
+    return put(value, axes) if put else jnp.asarray(value)
+  return source
+
+
+def abstract_source(dtype: Any, mesh: Any = None) -> Source:
+  """Shapes instead of weights, to compile without either weights or device."""
+  def source(path, shape, axes, wanted=None):
+    placed = mesh and jax.sharding.NamedSharding(
+        mesh, sharding.spec(axes, shape, mesh))
+    return jax.ShapeDtypeStruct(shape, wanted or dtype, sharding=placed)
+  return source

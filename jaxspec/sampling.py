@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From logits to a token: the one order of warps, and the one draw.
+
+Plain sampling, drafting and verification all call `warp` and `draw`; there is
+no second copy of the order anywhere. The order is that of Hugging Face
+transformers: bias, penalties, temperature, top-k, top-p, min-p. (Penalties
+come first because they are made for raw logits, and because a greedy row must
+feel them.)
+
+Noise is a function of (request key, position) alone, so that neither the
+step, nor the row, nor the drafter can change a sample.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+
+@struct.dataclass
+class Sampling:
+  """How each row wants to be sampled; data, so that requests can be mixed.
+
+  Attributes:
+    key: the request's own key, made from its seed.
+    temperature: 0 is greedy.
+    top_k: 0 is off.
+    bias_ids: token ids whose logits are shifted; -1 where there is none.
+  """
+
+  key: Key[Array, "B"]
+  temperature: Float[Array, "B"]
+  top_k: Int[Array, "B"]
+  top_p: Float[Array, "B"]
+  min_p: Float[Array, "B"]
+  repetition: Float[Array, "B"]
+  presence: Float[Array, "B"]
+  frequency: Float[Array, "B"]
+  bias_ids: Int[Array, "B M"]
+  bias: Float[Array, "B M"]
+
+
+@struct.dataclass
+class History:
+  """What penalties look at: the text so far, and the nodes in flight.
+
+  A node's history is the committed text and the nodes on its own path, the
+  root left out because it is committed already.
+  """
+
+  tokens: Int[Array, "B C"]
+  prompt_length: Int[Array, "B"]
+  length: Int[Array, "B"]
+  nodes: Int[Array, "B N"]
+  mask: Bool[Array, "N N"]
+
+
+def defaults(rows: int, biases: int) -> Sampling:
+  """Greedy rows with nothing else switched on."""
+  def full(value):
+    return jnp.full(rows, value, jnp.float32)
+  return Sampling(
+      key=jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32)),
+      temperature=full(0), top_k=jnp.zeros(rows, jnp.int32), top_p=full(1),
+      min_p=full(0), repetition=full(1), presence=full(0), frequency=full(0),
+      bias_ids=jnp.full((rows, biases), -1, jnp.int32),
+      bias=jnp.zeros((rows, biases), jnp.float32))
+
+
+def warp(logits: Float[Array, "B N V"], sampling: Sampling,
+         history: History) -> Float[Array, "B N V"]:
+  """Applies bias, penalties, temperature, top-k, top-p and min-p.
+
+  Returns:
+    Unnormalised log-probabilities, -inf for what is ruled out. Each kind of
+    warp costs nothing in a step where no row asks for it.
+  """
+  logits = logits.astype(jnp.float32)
+  logits = lax.cond(jnp.any(sampling.bias_ids >= 0), _add_bias,
+                    lambda x, _: x, logits, sampling)
+  penalised = ((sampling.repetition != 1) | (sampling.presence != 0)
+               | (sampling.frequency != 0))
+  logits = lax.cond(jnp.any(penalised), _penalise,
+                    lambda x, *_: x, logits, sampling, history)
+  temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1)
+  logits = logits / temperature[:, None, None]
+  vocab = logits.shape[-1]
+  sampled = sampling.temperature > 0
+  cuts = ((sampling.top_k > 0) & (sampling.top_k < vocab)
+          | (sampling.top_p < 1) | (sampling.min_p > 0))
+  return lax.cond(jnp.any(sampled & cuts), _cut,
+                  lambda x, _: x, logits, sampling)
+
+
+def draw(logits: Float[Array, "B N V"], sampling: Sampling,
+         positions: Int[Array, "B N"]) -> Int[Array, "B N"]:
+  """One sample a node, of warped `logits`, by the Gumbel-max trick.
+
+  Args:
+    positions: where the sampled token will stand. Nodes of a row that share a
+      position share their noise.
+  """
+  def greedy(logits, sampling, positions):
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+  def noisy(logits, sampling, positions):
+    noise = jnp.where(sampling.temperature[:, None, None] > 0,
+                      gumbel(sampling.key, positions, logits.shape[-1]), 0.0)
+    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+
+  return lax.cond(jnp.any(sampling.temperature > 0), noisy, greedy,
+                  logits, sampling, positions)
+
+
+def gumbel(key: Key[Array, "B"], positions: Int[Array, "B N"],
+           vocab: int) -> Float[Array, "B N V"]:
+  """The noise of each row at each position."""
+  def at(key, position):
+    return jax.random.gumbel(jax.random.fold_in(key, position), (vocab,))
+  return jax.vmap(jax.vmap(at, (None, 0)))(key, positions)
+
+
+def log_probability(logits: Float[Array, "B N V"],
+                    tokens: Int[Array, "B N"]) -> Float[Array, "B N"]:
+  """Log-probability of a token at each node under the model itself."""
+  logits = logits.astype(jnp.float32)
+  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _add_bias(logits, sampling):
+  vocab = logits.shape[-1]
+
+  def row(ids, bias):
+    ids = jnp.where(ids < 0, vocab, ids)
+    return jnp.zeros(vocab, jnp.float32).at[ids].add(bias, mode="drop")
+
+  return logits + jax.vmap(row)(sampling.bias_ids, sampling.bias)[:, None]
+
+
+def _penalise(logits, sampling, history):
+  """Repetition (CTRL, arXiv:1909.05858) over prompt and answer; presence and
+  frequency (OpenAI's definition) over the answer alone."""
+  vocab = logits.shape[-1]
+
+  def row(tokens, prompt_length, length, nodes):
+    slot = jnp.arange(tokens.shape[0])
+    in_answer = (slot >= prompt_length) & (slot < length)
+    zeros = jnp.zeros(vocab, jnp.int32)
+    prompt = zeros.at[tokens].add((slot < prompt_length).astype(jnp.int32))
+    answer = zeros.at[tokens].add(in_answer.astype(jnp.int32))
+    on_path = history.mask.astype(jnp.int32).at[:, 0].set(0)     # [N N]
+    drafted = jax.vmap(lambda seen: zeros.at[nodes].add(seen))(on_path)
+    return prompt[None], answer[None] + drafted
+
+  prompt, answer = jax.vmap(row)(
+      history.tokens, history.prompt_length, history.length, history.nodes)
+
+  def per_row(values):
+    return values[:, None, None]
+
+  seen = (prompt + answer) > 0
+  factor = jnp.where(logits > 0, 1 / per_row(sampling.repetition),
+                     per_row(sampling.repetition))
+  logits = jnp.where(seen, logits * factor, logits)
+  return (logits - per_row(sampling.frequency) * answer
+          - per_row(sampling.presence) * (answer > 0))
+
+
+def _cut(logits, sampling):
+  """Top-k, top-p and min-p by threshold: no sort, and ties stay together."""
+  def off(flag, value):
+    return jnp.where(flag, value, 0)[:, None]
+
+  greedy = sampling.temperature <= 0
+  rank = _sortable(logits)
+  # Top-k: the k-th largest value is the largest threshold that k values reach.
+  wanted = off((sampling.top_k > 0) & ~greedy, sampling.top_k)
+  threshold = _bisect(
+      lambda t: jnp.sum(rank >= t[..., None], axis=-1) >= wanted,
+      rank.shape[:-1])
+  threshold = jnp.where(wanted > 0, threshold, 0)
+  logits = jnp.where(rank >= threshold[..., None], logits, -jnp.inf)
+  # Top-p, of what top-k left: the largest threshold whose mass reaches p.
+  probs = jax.nn.softmax(logits, axis=-1)
+  mass = off((sampling.top_p < 1) & ~greedy, sampling.top_p)
+  threshold = _bisect(
+      lambda t: jnp.sum(jnp.where(rank >= t[..., None], probs, 0.0), axis=-1)
+      >= mass,
+      rank.shape[:-1])
+  threshold = jnp.where(mass > 0, threshold, 0)
+  logits = jnp.where(rank >= threshold[..., None], logits, -jnp.inf)
+  # Min-p (arXiv:2407.01082): relative to the likeliest token.
+  least = jnp.max(logits, axis=-1) + jnp.log(off(~greedy, sampling.min_p))
+  return jnp.where(logits >= least[..., None], logits, -jnp.inf)
+
+
+def _sortable(x: Float[Array, "..."]) -> UInt32[Array, "..."]:
+  """Maps float32 to integers of the same order."""
+  bits = lax.bitcast_convert_type(x, jnp.uint32)
+  return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _bisect(reached, shape) -> UInt32[Array, "..."]:
+  """The largest threshold for which the monotone test `reached` holds."""
+  def body(i, threshold):
+    higher = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+    return jnp.where(reached(higher), higher, threshold)
+  return lax.fori_loop(0, 32, body, jnp.zeros(shape, jnp.uint32))

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logical axis names to mesh axes.
+
+Weights, caches, fresh buffers and activations name their dimensions by what
+they hold; `RULES` says which mesh axis each name is split over. A name whose
+mesh axis is absent is replicated, so that the same model runs on one device
+and on a pod slice. Caches and fresh keys share `kv_heads` with the queries, so
+attention never communicates.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxspec.errors import InputError, nearest
+
+RULES: dict[str, str] = {
+    "rows": "data",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "experts": "expert",
+}
+MESH_AXES = ("data", "expert", "tensor")
+
+
+def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> Mesh:
+  """A mesh over `devices` (default: the first ones that are needed).
+
+  Args:
+    sizes: devices along each axis, e.g. `{"data": 2, "tensor": 4}`.
+
+  Raises:
+    InputError: an unknown axis, a size below one, or too few devices.
+  """
+  sizes = dict(sizes or {})
+  for name, size in sizes.items():
+    if name not in MESH_AXES:
+      raise InputError(
+          f"mesh axis {name!r} is unknown; axes are {', '.join(MESH_AXES)}."
+          + nearest(name, MESH_AXES))
+    if size < 1:
+      raise InputError(f"mesh axis {name} must be at least 1, got {size}")
+  shape = [sizes.get(name, 1) for name in MESH_AXES]
+  devices = list(jax.devices() if devices is None else devices)
+  wanted = math.prod(shape)
+  if wanted > len(devices):
+    raise InputError(
+        f"mesh {sizes} needs {wanted} devices, found {len(devices)}; "
+        "use a smaller mesh")
+  return Mesh(np.array(devices[:wanted]).reshape(shape), MESH_AXES,
+              axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...],
+         mesh: Any) -> PartitionSpec:
+  """The partition of an array of `shape`, whose dimensions are named `axes`.
+
+  A dimension that its mesh axis does not divide is replicated: a vocabulary
+  or a batch of one. What must divide is refused earlier, by `check`.
+  """
+  sizes = dict(mesh.shape)
+  names = [RULES.get(axis) if axis else None for axis in axes]
+  return PartitionSpec(*(
+      name if name and sizes.get(name, 1) > 1 and size % sizes[name] == 0
+      else None
+      for name, size in zip(names, shape, strict=True)))
+
+
+def place(array: Any, axes: tuple[str | None, ...], mesh: Mesh) -> jax.Array:
+  """Puts a host array straight into its shards."""
+  return jax.device_put(
+      array, NamedSharding(mesh, spec(axes, array.shape, mesh)))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Annotates an activation inside jit; nothing outside a mesh context."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+
+
+def check(mesh: Mesh, **sizes: int) -> None:
+  """Refuses a mesh that does not divide what it splits.
+
+  Args:
+    sizes: logical axis name to its size, e.g. `kv_heads=8, mlp=14336`.
+
+  Raises:
+    InputError: names the axis and the sizes that would do.
+  """
+  for axis, size in sizes.items():
+    name = RULES[axis]
+    split = mesh.shape.get(name, 1)
+    if size % split:
+      fits = [n for n in range(1, min(size, 256) + 1) if size % n == 0]
+      raise InputError(
+          f"{size} {axis} are not divisible by mesh axis {name}={split}; "
+          f"use {', '.join(map(str, fits[:8]))}")

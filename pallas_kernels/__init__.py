@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels for speculative decoding, usable without jaxspec.
+
+Each op is one public function; `implementation=` picks how it is computed.
+"""
+
+from pallas_kernels.attention.op import tree_attention as tree_attention

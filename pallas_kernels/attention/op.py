@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tree_attention`: committed prefix by length, tree in flight by a tiny mask.
+
+Decode is T = 1, verification T = N, prefill a chunk: one op. No mask spans the
+prefix: a slot is seen if it holds a position, and if that position lies within
+the token's window.
+"""
+
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.attention import xla
+from pallas_kernels.dispatch import Implementation, dispatch
+
+_IMPLEMENTATIONS = {"xla": xla.tree_attention}
+
+
+def tree_attention(
+    query: Float[Array, "B T H K"],
+    key: Float[Array, "B G S K"],
+    value: Float[Array, "B G S K"],
+    fresh_key: Float[Array, "B N G K"],
+    fresh_value: Float[Array, "B N G K"],
+    *,
+    slot_positions: Int[Array, "B S"],
+    positions: Int[Array, "B T"],
+    fresh_positions: Int[Array, "B N"],
+    mask: Bool[Array, "T N"] | Bool[Array, "B T N"],
+    scale: float,
+    window: int | None = None,
+    logits_soft_cap: float | None = None,
+    implementation: Implementation = None,
+) -> Float[Array, "B T H K"]:
+  """Grouped-query attention of T tokens to S committed slots and N fresh ones.
+
+  Args:
+    query: heads `g * (H // G) ...` share key/value head g.
+    key: committed keys. Heads come before slots, so that the two dimensions a
+      tile spans are neighbours and no backend transposes a cache.
+    slot_positions: the position each slot holds, -1 where it holds none.
+    positions: the position of each token.
+    fresh_positions: the position of each fresh key.
+    mask: the fresh keys each token sees.
+    scale: what scores are multiplied by.
+    window: how many positions a token sees, itself included; None for all.
+    logits_soft_cap: scores become `cap * tanh(score / cap)` (Gemma 2).
+
+  Returns:
+    The attended values, in the dtype of `query`. Scores and softmax are in
+    float32.
+  """
+  return dispatch(
+      "tree_attention", _IMPLEMENTATIONS, implementation,
+      query, key, value, fresh_key, fresh_value,
+      slot_positions=slot_positions, positions=positions,
+      fresh_positions=fresh_positions, mask=mask, scale=scale, window=window,
+      logits_soft_cap=logits_soft_cap)

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A generator without a model, for tests in milliseconds, and a tiny model."""
+
+import dataclasses
+import json
+import sys
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+
+from jaxspec.errors import InputError
+from jaxspec.metrics import Stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  max_new_tokens: int = 128
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  repetition_penalty: float = 1.0
+  presence_penalty: float = 0.0
+  frequency_penalty: float = 0.0
+  logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+  seed: int = 0
+  stop: tuple[str, ...] = ()
+  stop_token_ids: tuple[int, ...] = ()
+  ignore_eos: bool = False
+  logprobs: bool = False
+
+  def __post_init__(self):
+    if not 0 < self.top_p <= 1:
+      raise InputError(f"top_p must be in (0, 1], got {self.top_p}")
+
+
+@dataclasses.dataclass
+class Completion:
+  prompt: str
+  text: str
+  token_ids: list[int]
+  finish_reason: str
+  logprobs: list[float] | None
+  stats: Stats
+
+
+@dataclasses.dataclass
+class TextEvent:
+  text: str
+  settled: bool
+  replaces: int = 0
+  completion: Completion | None = None
+
+
+class FakeGenerator:
+  """Answers a prompt with itself in capitals, the last prompt first."""
+
+  loaded: dict[str, Any] = {}
+  options: Options = Options()
+  chat: bool = False
+  prompts: list = []
+  defaults: dict[str, Any] = {}
+  # Raised when this many prompts are done.
+  fails_after: int | None = None
+  failure: type[BaseException] = KeyboardInterrupt
+
+  @classmethod
+  def load(cls, model, **settings):
+    on_progress = settings.pop("on_progress")
+    if on_progress is not None:
+      on_progress("weights", 1, 1)
+    FakeGenerator.loaded = dict(settings, model=model)
+    return cls()
+
+  def default_options(self, **given):
+    return Options(**(self.defaults | given))
+
+  def _complete(self, prompt, options):
+    FakeGenerator.options = options
+    text = prompt if isinstance(prompt, str) else repr(prompt)
+    stats = Stats(
+      prompt_tokens=len(text),
+      prompt_seconds=0.01,
+      new_tokens=4,
+      passes=2,
+      drafted=4,
+      accepted=1,
+      drafted_by_position=[2, 2],
+      accepted_by_position=[1, 0],
+      draft_length=2,
+      seed=options.seed,
+    )
+    logprobs = [-0.5] * 4 if options.logprobs else None
+    return Completion(
+      text, text.upper(), [1, 2, 3, 4], "length", logprobs, stats
+    )
+
+  def generate(self, prompts, options, *, chat=False, on_completion=None):
+    FakeGenerator.chat = chat
+    FakeGenerator.prompts = list(prompts)
+    done = {}
+    for at in reversed(range(len(prompts))):
+      if len(done) == self.fails_after:
+        raise self.failure("as asked")
+      done[at] = self._complete(prompts[at], options)
+      if on_completion is not None:
+        on_completion(at, done[at])
+    return [done[at] for at in range(len(prompts))]
+
+  def stream(self, prompt, options, *, chat=False):
+    FakeGenerator.chat = chat
+    completion = self._complete(prompt, options)
+    yield TextEvent("a guess", settled=False)
+    for word in completion.text.split(" "):
+      if self.fails_after == 0:
+        raise self.failure("as asked")
+      yield TextEvent(word + ".", settled=True)
+    yield TextEvent("", settled=True, completion=completion)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+  """Puts the fake in place of the real generator, and returns its class."""
+  module = types.ModuleType("jaxspec.generator")
+  monkeypatch.setitem(module.__dict__, "Generator", FakeGenerator)
+  for name in ("defaults", "fails_after", "failure"):
+    monkeypatch.setattr(FakeGenerator, name, getattr(FakeGenerator, name))
+  monkeypatch.setitem(sys.modules, "jaxspec.generator", module)
+  return FakeGenerator
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+  """Returns a Hugging Face folder: a four-layer Llama of random weights.
+
+  Its tokenizer has a token a byte, so that every text goes in and comes out.
+  """
+  folder = tmp_path_factory.mktemp("tiny")
+  bytes_ = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  vocab = {token: at for at, token in enumerate([*bytes_, "<s>", "</s>"])}
+  inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+  inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False
+  )
+  inner.decoder = tokenizers.decoders.ByteLevel()
+  inner.add_special_tokens(["<s>", "</s>"])
+  inner.save(str(folder / "tokenizer.json"))
+  width, depth, heads, kv_heads, size, mlp = 32, 4, 4, 2, 8, 64
+  settings = {
+    "config.json": {
+      "architectures": ["LlamaForCausalLM"],
+      "model_type": "llama",
+      "vocab_size": len(vocab),
+      "hidden_size": width,
+      "num_hidden_layers": depth,
+      "num_attention_heads": heads,
+      "num_key_value_heads": kv_heads,
+      "head_dim": size,
+      "intermediate_size": mlp,
+      "rms_norm_eps": 1e-5,
+      "rope_theta": 10000.0,
+      "max_position_embeddings": 512,
+      "tie_word_embeddings": True,
+      "hidden_act": "silu",
+      "eos_token_id": vocab["</s>"],
+    },
+    "tokenizer_config.json": {
+      "eos_token": "</s>",
+      "chat_template": (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+      ),
+    },
+    "generation_config.json": {"repetition_penalty": 1.05},
+  }
+  for name, value in settings.items():
+    (folder / name).write_text(json.dumps(value))
+  shapes = {
+    "model.embed_tokens.weight": (len(vocab), width),
+    "model.norm.weight": (width,),
+  }
+  for layer in range(depth):
+    at = f"model.layers.{layer}"
+    shapes |= {
+      f"{at}.input_layernorm.weight": (width,),
+      f"{at}.post_attention_layernorm.weight": (width,),
+      f"{at}.self_attn.q_proj.weight": (heads * size, width),
+      f"{at}.self_attn.k_proj.weight": (kv_heads * size, width),
+      f"{at}.self_attn.v_proj.weight": (kv_heads * size, width),
+      f"{at}.self_attn.o_proj.weight": (width, heads * size),
+      f"{at}.mlp.gate_proj.weight": (mlp, width),
+      f"{at}.mlp.up_proj.weight": (mlp, width),
+      f"{at}.mlp.down_proj.weight": (width, mlp),
+    }
+  draw = np.random.default_rng(0).standard_normal
+  safetensors.numpy.save_file(
+    {
+      name: np.ones(shape, np.float32)
+      if "norm" in name
+      else (draw(shape) / np.sqrt(shape[-1])).astype(np.float32)
+      for name, shape in shapes.items()
+    },
+    folder / "model.safetensors",
+  )
+  return folder

@@ -1,0 +1,462 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decode command: prompts in, records out, nothing lost on the way."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from jaxspec import __main__ as front_door
+
+NO_CACHE = "--compilation_cache_dir="
+
+
+def run(*argv: str) -> int:
+  return front_door.main(["decode", NO_CACHE, *argv])
+
+
+def write_lines(path, *items):
+  path.write_text("".join(json.dumps(item) + "\n" for item in items))
+  return path
+
+
+def read_lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+  return write_lines(
+    tmp_path / "in.jsonl", *[{"prompt": f"p{i}"} for i in range(5)]
+  )
+
+
+# One prompt.
+
+
+def test_text_streams_to_stdout_and_stats_to_stderr(fake, capsys):
+  assert run("--prompt=good day", "--chat") == 0
+  out, err = capsys.readouterr()
+  assert out == "GOOD.DAY.\n"
+  assert err.startswith("prompt 8 tok ") and "accepted=1/4" in err
+  assert err.count("\n") == 1
+  assert fake.chat
+
+
+def test_a_prompt_can_come_from_stdin(fake, capsys, monkeypatch):
+  monkeypatch.setattr(sys, "stdin", io.StringIO("from afar"))
+  assert run("--prompt=-") == 0
+  assert capsys.readouterr().out == "FROM.AFAR.\n"
+
+
+def test_one_prompt_may_have_an_output(fake, tmp_path):
+  out = tmp_path / "out.jsonl"
+  assert run("--prompt=hi", f"--output={out}") == 0
+  (record,) = read_lines(out)
+  assert record["text"] == "HI" and record["stats"]["drafted"] == 4
+
+
+# Settings.
+
+
+def test_flags_reach_generator_and_options(fake):
+  assert (
+    run(
+      "--prompt=x",
+      "--model=m",
+      "--drafter=prompt_lookup:length=8",
+      "--verifier=exact",
+      "--rows=3",
+      "--capacity=64",
+      "--dtype=float32",
+      "--mesh=data=1,tensor=2",
+      "--cache=paged",
+      "--max_new_tokens=7",
+      "--temperature=0.5",
+      "--top_k=3",
+      "--top_p=0.9",
+      "--min_p=0.1",
+      "--repetition_penalty=1.5",
+      "--presence_penalty=0.25",
+      "--frequency_penalty=0.75",
+      "--logit_bias=15=-100,22=2.5",
+      "--stop=a,b",
+      "--stop=c",
+      "--stop_token_ids=5,6",
+      "--seed=9",
+      "--logprobs",
+      "--ignore_eos",
+    )
+    == 0
+  )
+  assert fake.loaded == dict(
+    model="m",
+    drafter="prompt_lookup:length=8",
+    verifier="exact",
+    rows=3,
+    capacity=64,
+    dtype="float32",
+    mesh={"data": 1, "tensor": 2},
+    cache="paged",
+  )
+  options = fake.options
+  assert (options.max_new_tokens, options.temperature) == (7, 0.5)
+  assert (options.top_k, options.top_p, options.min_p) == (3, 0.9, 0.1)
+  assert options.repetition_penalty == 1.5
+  assert options.presence_penalty == 0.25
+  assert options.frequency_penalty == 0.75
+  assert options.logit_bias == {15: -100.0, 22: 2.5}
+  assert options.stop == ("a,b", "c") and options.stop_token_ids == (5, 6)
+  assert options.seed == 9 and options.logprobs and options.ignore_eos
+
+
+def test_other_spellings_mean_the_same(fake):
+  assert (
+    run(
+      "--prompt=x",
+      "--draft=prompt_lookup",
+      "--max-new-tokens=3",
+      "--temp",
+      "0.25",
+      "--no-chat",
+    )
+    == 0
+  )
+  assert fake.loaded["drafter"] == "prompt_lookup"
+  assert fake.options.max_new_tokens == 3
+  assert fake.options.temperature == 0.25
+
+
+def test_what_is_not_given_comes_from_the_checkpoint(fake, capsys):
+  fake.defaults = {"temperature": 0.6, "top_p": 0.9}
+  assert run("--prompt=x", "--top_p=0.5") == 0
+  assert (fake.options.temperature, fake.options.top_p) == (0.6, 0.5)
+  assert "generation_config sets temperature=0.6\n" in capsys.readouterr().err
+
+
+def test_bad_options_exit_2(fake, capsys):
+  assert run("--prompt=x", "--top_p=1.5") == 2
+  assert capsys.readouterr().err == (
+    "jaxspec: top_p must be in (0, 1], got 1.5\n"
+  )
+
+
+# --config.
+
+CONFIG = """
+import ml_collections
+
+def get_config(length="6"):
+  config = ml_collections.ConfigDict()
+  config.model = "from config"
+  config.max_new_tokens = int(length)
+  config.temperature = 1
+  config.mesh = ml_collections.ConfigDict({"data": 2, "tensor": 4})
+  config.stop = ("one", "two")
+  config.top_p = None
+  return config
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+  path = tmp_path / "config.py"
+  path.write_text(CONFIG)
+  return path
+
+
+def test_a_config_is_read(fake, config):
+  assert run("--prompt=x", f"--config={config}") == 0
+  assert fake.loaded["model"] == "from config"
+  assert fake.loaded["mesh"] == {"data": 2, "tensor": 4}
+  assert fake.options.max_new_tokens == 6
+  assert fake.options.temperature == 1.0
+  assert fake.options.stop == ("one", "two")
+  assert fake.options.top_p == 1.0
+
+
+def test_flags_win_over_config_and_config_over_checkpoint(fake, config):
+  fake.defaults = {"temperature": 0.6, "top_k": 5}
+  assert (
+    run(
+      "--prompt=x",
+      "--max_tokens=2",
+      f"--config={config}",
+      "--model=from flag",
+      "--mesh=data=8",
+    )
+    == 0
+  )
+  assert fake.loaded["model"] == "from flag"
+  assert fake.loaded["mesh"] == {"data": 8}
+  assert fake.options.max_new_tokens == 2
+  assert fake.options.temperature == 1.0 and fake.options.top_k == 5
+
+
+def test_config_values_can_be_changed(fake, config):
+  assert (
+    run(
+      "--prompt=x",
+      f"--config={config}:9",
+      "--config.mesh.tensor=2",
+      "--config.model=other",
+    )
+    == 0
+  )
+  assert fake.loaded["model"] == "other"
+  assert fake.loaded["mesh"] == {"data": 2, "tensor": 2}
+  assert fake.options.max_new_tokens == 9
+
+
+@pytest.mark.parametrize(
+  "argv, words",
+  [
+    (["--config.modle=x"], "config has no 'modle'"),
+    (["--config.modle=x"], "Did you mean 'model'?"),
+    (["--config.mesh.tensr=2"], "Did you mean 'tensor'?"),
+    (["--config.rows=2"], "Pass it as --rows=..."),
+    (["--config.model.x=2"], "config.model has no parts"),
+    (["--config.max_new_tokens=many"], "many"),
+  ],
+)
+def test_unknown_config_keys_get_the_nearest(fake, config, argv, words, capsys):
+  assert run("--prompt=x", f"--config={config}", *argv) == 2
+  err = capsys.readouterr().err
+  assert words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  "text, words",
+  [
+    ("def get_config(): return {'modle': 1}", "Did you mean 'model'?"),
+    ("def get_config(): return {'draft': 'x'}", "sets 'draft', which is no"),
+    ("def get_config(): return {'rows': 'x'}", "config.rows='x'"),
+    ("def get_config(): return 1 / 0", "does not load: division by zero"),
+    ("def get_config(:", "does not load"),
+    ("import nothing_like_it", "No module named 'nothing_like_it'"),
+    ("x = 1", "does not load"),
+    ("def get_config(): return None", "does not load"),
+  ],
+)
+def test_a_broken_config_is_one_sentence(fake, tmp_path, text, words, capsys):
+  path = tmp_path / "broken.py"
+  path.write_text(text)
+  assert run("--prompt=x", f"--config={path}") == 2
+  err = capsys.readouterr().err
+  assert words in err and err.count("\n") == 1
+
+
+def test_a_missing_config_is_named(fake, capsys):
+  assert run("--prompt=x", "--config=nowhere.py") == 2
+  assert "there is no file 'nowhere.py'" in capsys.readouterr().err
+  assert run("--prompt=x", "--config.model=x") == 2
+  assert "comes before --config=FILE" in capsys.readouterr().err
+
+
+# Many prompts.
+
+
+def test_results_have_the_order_of_the_prompts(fake, prompts, tmp_path, capsys):
+  out = tmp_path / "out.jsonl"
+  assert run(f"--prompts={prompts}", f"--output={out}", "--logprobs") == 0
+  records = read_lines(out)
+  assert [r["text"] for r in records] == ["P0", "P1", "P2", "P3", "P4"]
+  assert records[0] == {
+    "prompt": "p0",
+    "text": "P0",
+    "token_ids": [1, 2, 3, 4],
+    "finish_reason": "length",
+    "stats": records[0]["stats"],
+    "logprobs": [-0.5] * 4,
+  }
+  assert records[0]["stats"]["accepted"] == 1
+  stdout, err = capsys.readouterr()
+  assert stdout == "" and err.startswith("5 requests ")
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_without_an_output_records_go_to_stdout_in_order(fake, prompts, capsys):
+  assert run(f"--prompts={prompts}") == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert [json.loads(x)["prompt"] for x in lines] == [f"p{i}" for i in range(5)]
+
+
+def test_every_kind_of_prompt_is_read(fake, tmp_path):
+  conversation = [{"role": "user", "content": "héllo"}]
+  path = write_lines(
+    tmp_path / "in.jsonl",
+    {"prompt": "text", "id": 3},
+    {"messages": conversation},
+    {"turns": ["first", "second"], "category": "writing"},
+    {"prompt": [1, 2, 3]},
+  )
+  path.write_text(path.read_text() + "\n\n")
+  out = tmp_path / "out.jsonl"
+  assert run(f"--prompts={path}", f"--output={out}") == 0
+  assert fake.prompts == ["text", conversation, "first", [1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+  "text, words",
+  [
+    ("{", ":2 is not JSON"),
+    ("[1]", ":2 must be an object with one of prompt, messages and turns"),
+    ("{}", "and has none"),
+    ('{"prompt": "a", "turns": ["b"]}', "and has prompt, turns"),
+    ('{"prompt": 3}', ":2: prompt must hold text, got 3"),
+    ('{"prompt": null}', "must hold text"),
+    ('{"prompt": [true]}', "must hold text"),
+    ('{"turns": []}', "turns must be a list of at least one string"),
+    ('{"turns": [1]}', "turns must hold text"),
+    ('{"messages": []}', "messages must be a list of at least one"),
+    ('{"messages": [{"role": "user"}]}', "messages[0] needs 'content'"),
+    ('{"messages": ["hi"]}', "messages[0] needs 'role'"),
+    ("[" * 100000, "is not JSON"),
+  ],
+)
+def test_a_wrong_line_is_named(fake, tmp_path, text, words, capsys):
+  path = tmp_path / "in.jsonl"
+  path.write_text('{"prompt": "fine"}\n' + text + "\n")
+  assert run(f"--prompts={path}") == 2
+  err = capsys.readouterr().err
+  assert words in err and err.count("\n") == 1 and len(err) < 300
+
+
+@pytest.mark.parametrize(
+  "content, words",
+  [
+    (None, "No such file"),
+    (b"", "holds no prompt"),
+    (b'{"prompt": "\xff"}', "byte 12 is not UTF-8"),
+  ],
+)
+def test_an_unreadable_prompts_file_is_named(
+  fake, tmp_path, content, words, capsys
+):
+  path = tmp_path / "in.jsonl"
+  if content is not None:
+    path.write_bytes(content)
+  assert run(f"--prompts={path}") == 2
+  err = capsys.readouterr().err
+  assert words in err and str(path) in err
+
+
+def test_contradictions_are_refused(fake, prompts, capsys):
+  assert run("--prompt=x", f"--prompts={prompts}") == 2
+  assert run("--prompt=x", "--resume") == 2
+  err = capsys.readouterr().err
+  assert "pass one of --prompt=TEXT" in err and "--resume needs" in err
+
+
+# Nothing is lost.
+
+
+@pytest.mark.parametrize("failure, code", [(KeyboardInterrupt, 130)])
+def test_what_was_finished_survives_and_is_resumed(
+  fake, prompts, tmp_path, capsys, failure, code
+):
+  out = tmp_path / "out.jsonl"
+  argv = [f"--prompts={prompts}", f"--output={out}"]
+  fake.fails_after, fake.failure = 2, failure
+  assert run(*argv) == code
+  err = capsys.readouterr().err
+  assert "2 of 5 results are in" in err and "--resume" in err
+  assert "Traceback" not in err and not out.exists()
+
+  fake.fails_after = None
+  assert run(*argv) == 2
+  assert "pass --resume to go on" in capsys.readouterr().err
+
+  assert run(*argv, "--resume", "--rows=2") == 0
+  assert fake.prompts == ["p0", "p1", "p2"]
+  assert [r["prompt"] for r in read_lines(out)] == [f"p{i}" for i in range(5)]
+  assert not (tmp_path / "out.jsonl.partial").exists()
+
+  assert run(*argv, "--resume") == 0
+  assert "nothing to do" in capsys.readouterr().err
+
+
+def test_a_crash_of_our_own_keeps_results_too(fake, prompts, tmp_path):
+  out = tmp_path / "out.jsonl"
+  fake.fails_after, fake.failure = 3, ZeroDivisionError
+  with pytest.raises(ZeroDivisionError):
+    run(f"--prompts={prompts}", f"--output={out}")
+  assert len(read_lines(tmp_path / "out.jsonl.partial")) == 1 + 3
+
+
+def test_a_line_cut_short_is_decoded_again(fake, prompts, tmp_path):
+  out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+  argv = [f"--prompts={prompts}", f"--output={out}"]
+  fake.fails_after = 3
+  assert run(*argv) == 130
+  partial.write_bytes(partial.read_bytes()[:-20])
+  fake.fails_after = None
+  assert run(*argv, "--resume") == 0
+  assert fake.prompts == ["p0", "p1", "p2"]
+  assert len(read_lines(out)) == 5
+
+
+@pytest.mark.parametrize(
+  "other", ["--seed=1", "--model=other", "--chat", "--drafter=prompt_lookup"]
+)
+def test_results_of_other_settings_are_not_mixed(
+  fake, prompts, tmp_path, other, capsys
+):
+  argv = [f"--prompts={prompts}", f"--output={tmp_path / 'out.jsonl'}"]
+  fake.fails_after = 2
+  assert run(*argv) == 130
+  assert run(*argv, "--resume", other) == 2
+  assert "other prompts or settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk\n", b'{"a": 1}\n', b"[]\n1\n"])
+def test_a_damaged_partial_file_is_refused(
+  fake, prompts, tmp_path, damage, capsys
+):
+  (tmp_path / "out.jsonl.partial").write_bytes(damage)
+  out = f"--output={tmp_path / 'out.jsonl'}"
+  assert run(f"--prompts={prompts}", out, "--resume") == 2
+  assert "remove" in capsys.readouterr().err
+  assert (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_nothing_finished_leaves_nothing_behind(fake, prompts, tmp_path):
+  fake.fails_after = 0
+  out = tmp_path / "out.jsonl"
+  assert run(f"--prompts={prompts}", f"--output={out}") == 130
+  assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_an_older_output_stays_until_the_new_one_is_whole(
+  fake, prompts, tmp_path
+):
+  out = tmp_path / "out.jsonl"
+  out.write_text("older\n")
+  fake.fails_after = 2
+  argv = [f"--prompts={prompts}", f"--output={out}"]
+  assert run(*argv) == 130
+  assert out.read_text() == "older\n"
+  fake.fails_after = None
+  assert run(*argv, "--resume") == 0
+  assert len(read_lines(out)) == 5
+
+
+@pytest.mark.parametrize(
+  "output, words",
+  [("/dev/null", "not a regular file"), ("/no/such/out", "there is no folder")],
+)
+def test_impossible_outputs_are_refused_at_once(
+  fake, prompts, output, words, capsys
+):
+  fake.loaded = None
+  assert run(f"--prompts={prompts}", f"--output={output}") == 2
+  assert words in capsys.readouterr().err
+  assert fake.loaded is None
+
+
+def test_an_interrupted_stream_ends_its_line(fake, capsys):
+  fake.fails_after = 0
+  assert run("--prompt=x") == 130
+  out, err = capsys.readouterr()
+  assert out == "\n" and err == "jaxspec: interrupted\n"

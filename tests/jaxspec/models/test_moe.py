@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mixture equals its dense definition, on one device and on meshes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspec import sharding
+from jaxspec.models import moe
+from jaxspec.models.layers import ACTIVATIONS, linear
+
+WIDTH, HIDDEN = 16, 12
+
+
+def dense(x, router, gate_up, down, *, per_token, normalize, activation):
+  """Every expert for every token: the definition."""
+  weights = jax.nn.softmax(linear(x, router), axis=-1)
+  chosen, experts = jax.lax.top_k(weights, per_token)
+  if normalize:
+    chosen = chosen / jnp.sum(chosen, axis=-1, keepdims=True)
+  picked = jax.nn.one_hot(experts, router.shape[0])
+  weights = jnp.sum(picked * chosen[..., None], axis=-2)
+  hidden = linear(x, gate_up)
+  hidden = ACTIVATIONS[activation](hidden[..., 0, :]) * hidden[..., 1, :]
+  hidden = (hidden * weights[..., None]).astype(x.dtype)
+  return jnp.einsum("btef,edf->btd", hidden, down,
+                    preferred_element_type=jnp.float32)
+
+
+def inputs(rows, tokens, experts, dtype=jnp.float32, seed=0):
+  shapes = ((rows, tokens, WIDTH), (experts, WIDTH),
+            (experts, 2, HIDDEN, WIDTH), (experts, WIDTH, HIDDEN))
+  keys = jax.random.split(jax.random.key(seed), len(shapes))
+  scales = (1, 1, WIDTH ** -0.5, HIDDEN ** -0.5)
+  return [(jax.random.normal(k, s) * scale).astype(dtype)
+          for k, s, scale in zip(keys, shapes, scales)]
+
+
+OPTIONS = dict(normalize=True, activation="silu")
+
+
+@pytest.mark.parametrize("rows, tokens, experts, per_token", [
+    (1, 1, 8, 2), (3, 5, 8, 2), (2, 1, 128, 8), (1, 70, 4, 4), (9, 8, 16, 1)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_equals_dense(rows, tokens, experts, per_token, dtype):
+  args = inputs(rows, tokens, experts, dtype)
+  options = dict(OPTIONS, per_token=per_token)
+  np.testing.assert_allclose(
+      jax.jit(functools.partial(moe.mixture, **options))(*args),
+      dense(*args, **options), atol=3e-2 if dtype == jnp.bfloat16 else 1e-5)
+
+
+def test_not_normalized_and_other_activations():
+  args = inputs(2, 3, 8)
+  options = dict(per_token=2, normalize=False, activation="gelu_pytorch_tanh")
+  np.testing.assert_allclose(
+      moe.mixture(*args, **options), dense(*args, **options), atol=1e-5)
+
+
+def test_all_tokens_to_one_expert():
+  x, router, gate_up, down = inputs(4, 33, 8)
+  x = jnp.abs(x)
+  router = jnp.zeros_like(router).at[5].set(1.0)
+  args, options = (x, router, gate_up, down), dict(OPTIONS, per_token=1)
+  np.testing.assert_allclose(
+      moe.mixture(*args, **options), dense(*args, **options), atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", [moe._by_block, moe._by_ragged_dot])
+@pytest.mark.parametrize("sizes", [(7, 0, 2, 0), (0, 0, 0, 0), (0, 0, 0, 16),
+                                   (1, 1, 1, 1)])
+def test_implementations(implementation, sizes):
+  """Both on the CPU, with tokens of nobody at the end."""
+  _, _, gate_up, down = inputs(1, 1, 4)
+  tokens = jax.random.normal(jax.random.key(3), (16, WIDTH))
+  y = implementation(tokens, jnp.array(sizes, jnp.int32), gate_up, down,
+                     activation="silu")
+  row = 0
+  for expert, size in enumerate(sizes):
+    part = tokens[None, row:row + size]
+    hidden = linear(part, gate_up[expert])
+    hidden = jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]
+    np.testing.assert_allclose(
+        y[row:row + size], linear(hidden, down[expert])[0], atol=1e-5)
+    row += size
+
+
+@pytest.mark.parametrize("experts, per_token", [(8, 2), (128, 8)])
+def test_neighbours_do_not_matter(experts, per_token):
+  x, *weights = inputs(6, 3, experts)
+  mix = jax.jit(functools.partial(moe.mixture, per_token=per_token, **OPTIONS))
+  alone = mix(x, *weights)[2]
+  for seed in range(1, 5):
+    others = jax.random.normal(jax.random.key(seed), x.shape) * 3
+    got = mix(others.at[2].set(x[2]), *weights)[2]
+    np.testing.assert_array_equal(got, alone)
+  spoilt = jnp.full_like(x, jnp.nan).at[2].set(x[2])
+  np.testing.assert_array_equal(mix(spoilt, *weights)[2], alone)
+
+
+@pytest.mark.parametrize("axes", [
+    {"expert": 4}, {"expert": 2, "tensor": 2}, {"tensor": 4}, {"data": 4},
+    {"data": 2, "expert": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_meshes_equal_one_device(axes, rows):
+  args = inputs(rows, 3, 8)
+  options = dict(OPTIONS, per_token=2)
+  wanted = moe.mixture(*args, **options)
+  mesh = sharding.make_mesh(axes)
+  names = [("rows", None, None), (None, None),
+           ("experts", None, "mlp", None), ("experts", None, "mlp")]
+  placed = [sharding.place(a, n, mesh) for a, n in zip(args, names)]
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(functools.partial(moe.mixture, **options)).lower(
+        *placed).compile()
+    got = compiled(*placed)
+  np.testing.assert_allclose(got, wanted, atol=1e-5)
+  # Neither weights nor tokens travel.
+  assert "all-gather" not in compiled.as_text()
+  assert "all-to-all" not in compiled.as_text()
+
+
+def test_work_grows_with_the_experts_a_token_has():
+  """Neither a product over all experts nor a copy of them."""
+  args = inputs(4, 1, 128)
+  compiled = jax.jit(functools.partial(
+      moe.mixture, per_token=2, **OPTIONS)).lower(*args).compile()
+  weights = args[2].nbytes + args[3].nbytes
+  assert compiled.memory_analysis().temp_size_in_bytes < weights / 4
+
+
+def test_gradients_flow():
+  args = inputs(2, 3, 8)
+  options = dict(OPTIONS, per_token=2)
+  def loss(f, args):
+    return jnp.sum(f(*args, **options) ** 2)
+  got, wanted = (jax.grad(functools.partial(loss, f))(args)
+                 for f in (moe.mixture, dense))
+  for a, b in zip(got, wanted):
+    np.testing.assert_allclose(a, b, atol=1e-4)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README and the configs say is true of the code they speak of."""
+
+import ast
+import importlib
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from jaxspec import __main__ as front_door
+from jaxspec.apps import launch
+
+ROOT = pathlib.Path(front_door.__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+def fences(language: str) -> list[str]:
+  return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands(text: str) -> list[list[str]]:
+  """Returns the words of every `python -m jaxspec` in a piece of text."""
+  lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+  return [
+    shlex.split(line, comments=True)[3:]
+    for line in lines
+    if line.strip().startswith("python -m jaxspec ")
+  ]
+
+
+def parse(words: list[str]):
+  name, *argv = words
+  assert name in front_door.commands()
+  app = importlib.import_module(f"jaxspec.apps.{name}")
+  return launch.parse(app, argv)
+
+
+@pytest.mark.parametrize(
+  "words", commands("\n".join(fences("sh"))), ids=" ".join
+)
+def test_command_lines_of_the_readme_parse(words, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  settings = parse(words)
+  assert settings is not None and settings.model
+
+
+def test_the_readme_has_command_lines():
+  assert len(commands("\n".join(fences("sh")))) >= 4
+
+
+def test_links_lead_somewhere():
+  links = re.findall(r"\]\(([^)#]+)", README)
+  assert links
+  for link in links:
+    if "://" not in link:
+      assert (ROOT / link).exists(), link
+
+
+def test_make_targets_exist():
+  makefile = (ROOT / "Makefile").read_text()
+  used = re.findall(r"\bmake ([a-z]+)", README)
+  assert {"demo", "test"} <= set(used)
+  for target in used:
+    assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_extras_exist():
+  import tomllib
+
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  for extra in re.findall(r"'\.\[(\w+)\]'", README):
+    assert extra in project["optional-dependencies"], extra
+
+
+def test_library_examples_use_what_there_is():
+  for code in fences("python"):
+    for node in ast.walk(ast.parse(code)):
+      if isinstance(node, ast.ImportFrom):
+        module = importlib.import_module(node.module)
+        for name in node.names:
+          assert hasattr(module, name.name), name.name
+
+
+@pytest.mark.parametrize(
+  "flag, folder", [("cache", "caches"), ("drafter",) * 2]
+)
+def test_named_files_exist(flag, folder):
+  folder = folder if folder.endswith("s") else folder + "s"
+  (row,) = re.findall(rf"`--{flag}=(.*?) \|", README)
+  for name in re.findall(r"\w+", row):
+    assert (ROOT / "jaxspec" / folder / f"{name}.py").exists(), name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_are_read_by_the_command_they_show(path, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  docstring = ast.get_docstring(ast.parse(path.read_text()))
+  (words,) = commands(docstring)
+  assert f"--config=configs/{path.name}" in words
+  settings = parse(words)
+  assert settings.drafter.startswith("prompt_lookup")
