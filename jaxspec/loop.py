@@ -24,15 +24,16 @@ from jaxspec.caches.contiguous import ContiguousCache
 from jaxspec.tree import root
 
 
-def init(model: Model, drafter: Drafter, cache: Cache, *, stops: int,
-         biases: int) -> DecodeState:
+def init(model: Model, drafter: Drafter, cache: Cache, *, capacity: int,
+         stops: int, biases: int) -> DecodeState:
   """A batch in which every row is free.
 
   Args:
+    capacity: most tokens of a prompt and its answer together.
     stops: most end tokens a request may name.
     biases: most logit biases a request may name.
   """
-  rows, capacity = len(cache.length), cache.capacity
+  rows = len(cache.length)
   zeros = jnp.zeros(rows, jnp.int32)
   # A free row is one token long, so that there is a root to score.
   seq = Sequences(jnp.zeros((rows, capacity), jnp.int32), zeros, zeros + 1,

@@ -38,7 +38,9 @@ class Stats:
     drafted_by_position: passes that drafted something `i + 1` tokens ahead.
       Its first entry is the number of drafts.
     accepted_by_position: passes that accepted the draft `i + 1` tokens ahead.
-    compiles: programs compiled meanwhile.
+    compiles: programs built meanwhile, compiled or read from the persistent
+      cache.
+    compiles_cached: how many of them the cache had.
     seed: seed of the noise, or None where requests differ.
     verifier: name of the verifier, or "mixed".
     draft_length: longest path of a proposal; 0 is plain decoding.
@@ -60,6 +62,7 @@ class Stats:
   drafted_by_position: list[int] = dataclasses.field(default_factory=list)
   accepted_by_position: list[int] = dataclasses.field(default_factory=list)
   compiles: int = 0
+  compiles_cached: int = 0
   seed: int | None = 0
   verifier: str = "exact"
   draft_length: int = 0
@@ -110,6 +113,7 @@ class Stats:
         "drafted",
         "accepted",
         "compiles",
+        "compiles_cached",
         "wall_seconds",
         "dropped",
       )
@@ -145,6 +149,7 @@ class Stats:
     )
     _at_most("accepted", self.accepted, "drafted", self.drafted)
     _at_most("drafts", self.drafts, "passes", self.passes)
+    _at_most("compiles_cached", self.compiles_cached, "compiles", self.compiles)
     # A tree drafts several nodes at one position, a chain exactly one.
     _at_most(
       "sum(drafted_by_position)",
@@ -189,7 +194,8 @@ class Stats:
         f"({100 * self.acceptance_rate:.1f}%) "
         f"mean_len={self.mean_length:.2f} pos=[{rates}]"
       )
-    parts.append(f"compiles {self.compiles}")
+    cached = f" ({self.compiles_cached} cached)" if self.compiles_cached else ""
+    parts.append(f"compiles {self.compiles}{cached}")
     if memory:
       parts.append(memory)
     seed = "mixed" if self.seed is None else self.seed

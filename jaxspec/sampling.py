@@ -17,6 +17,8 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from jaxspec import sharding
+
 
 @struct.dataclass
 class Sampling:
@@ -89,8 +91,10 @@ def warp(logits: Float[Array, "B N V"], sampling: Sampling,
   sampled = sampling.temperature > 0
   cuts = ((sampling.top_k > 0) & (sampling.top_k < vocab)
           | (sampling.top_p < 1) | (sampling.min_p > 0))
-  return lax.cond(jnp.any(sampled & cuts), _cut,
-                  lambda x, _: x, logits, sampling)
+  return lax.cond(
+      jnp.any(sampled & cuts),
+      lambda x: _by_node(lambda node: _cut(node, sampling), x),
+      lambda x: x, logits)
 
 
 def draw(logits: Float[Array, "B N V"], sampling: Sampling,
@@ -105,9 +109,11 @@ def draw(logits: Float[Array, "B N V"], sampling: Sampling,
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
   def noisy(logits, sampling, positions):
-    noise = jnp.where(sampling.temperature[:, None, None] > 0,
-                      gumbel(sampling.key, positions, logits.shape[-1]), 0.0)
-    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+    def node(logits, positions):
+      noise = jnp.where(sampling.temperature[:, None, None] > 0,
+                        gumbel(sampling.key, positions, logits.shape[-1]), 0.0)
+      return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+    return _by_node(node, logits, positions)
 
   return lax.cond(jnp.any(sampling.temperature > 0), noisy, greedy,
                   logits, sampling, positions)
@@ -118,7 +124,8 @@ def gumbel(key: Key[Array, "B"], positions: Int[Array, "B N"],
   """The noise of each row at each position."""
   def at(key, position):
     return jax.random.gumbel(jax.random.fold_in(key, position), (vocab,))
-  return jax.vmap(jax.vmap(at, (None, 0)))(key, positions)
+  noise = jax.vmap(jax.vmap(at, (None, 0)))(key, positions)
+  return sharding.constrain(noise, "rows", None, "vocab")
 
 
 def log_probability(logits: Float[Array, "B N V"],
@@ -127,6 +134,23 @@ def log_probability(logits: Float[Array, "B N V"],
   logits = logits.astype(jnp.float32)
   chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
   return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _by_node(function, *arrays):
+  """`function` of arrays [B N ...], one node after another.
+
+  Noise and thresholds need many temporaries as large as the logits; N of each
+  at a time would be more memory than a step has otherwise.
+  """
+  nodes = arrays[0].shape[1]
+  if nodes == 1:
+    return function(*arrays)
+
+  def at(n):
+    return function(*(lax.dynamic_slice_in_dim(a, n, 1, axis=1)
+                      for a in arrays))[:, 0]
+
+  return jnp.moveaxis(lax.map(at, jnp.arange(nodes)), 0, 1)
 
 
 def _add_bias(logits, sampling):
@@ -144,28 +168,31 @@ def _penalise(logits, sampling, history):
   frequency (OpenAI's definition) over the answer alone."""
   vocab = logits.shape[-1]
 
-  def row(tokens, prompt_length, length, nodes):
-    slot = jnp.arange(tokens.shape[0])
-    in_answer = (slot >= prompt_length) & (slot < length)
-    zeros = jnp.zeros(vocab, jnp.int32)
-    prompt = zeros.at[tokens].add((slot < prompt_length).astype(jnp.int32))
-    answer = zeros.at[tokens].add(in_answer.astype(jnp.int32))
-    on_path = history.mask.astype(jnp.int32).at[:, 0].set(0)     # [N N]
-    drafted = jax.vmap(lambda seen: zeros.at[nodes].add(seen))(on_path)
-    return prompt[None], answer[None] + drafted
+  def count(tokens, weights):
+    return jax.vmap(lambda t, w: jnp.zeros(vocab, jnp.int32).at[t].add(w))(
+        tokens, weights.astype(jnp.int32))
 
-  prompt, answer = jax.vmap(row)(
-      history.tokens, history.prompt_length, history.length, history.nodes)
+  slot = jnp.arange(history.tokens.shape[1])[None]
+  in_prompt = slot < history.prompt_length[:, None]
+  in_text = slot < history.length[:, None]
+  prompt = count(history.tokens, in_prompt)                       # [B V]
+  answer = count(history.tokens, in_text & ~in_prompt)
+  on_path = history.mask.at[:, 0].set(False)                      # [N N]
+  on_path = jnp.broadcast_to(on_path[None],
+                             (len(prompt), *on_path.shape))
+
+  def node(logits, on_path):                         # [B 1 V] and [B 1 N]
+    said = (answer + count(history.nodes, on_path[:, 0]))[:, None]
+    factor = jnp.where(logits > 0, 1 / per_row(sampling.repetition),
+                       per_row(sampling.repetition))
+    logits = jnp.where((prompt[:, None] + said) > 0, logits * factor, logits)
+    return (logits - per_row(sampling.frequency) * said
+            - per_row(sampling.presence) * (said > 0))
 
   def per_row(values):
     return values[:, None, None]
 
-  seen = (prompt + answer) > 0
-  factor = jnp.where(logits > 0, 1 / per_row(sampling.repetition),
-                     per_row(sampling.repetition))
-  logits = jnp.where(seen, logits * factor, logits)
-  return (logits - per_row(sampling.frequency) * answer
-          - per_row(sampling.presence) * (answer > 0))
+  return _by_node(node, logits, on_path)
 
 
 def _cut(logits, sampling):

@@ -38,3 +38,18 @@ def tiny_config(**changes) -> Config:
 def tiny() -> Transformer:
   """A model whose greedy text repeats itself now and then."""
   return Transformer(tiny_config(), random_source(0, scale=1.5))
+
+
+@pytest.fixture(scope="session")
+def small() -> Transformer:
+  """Two layers, one of which sees eight positions."""
+  return Transformer(tiny_config(depth=2, windows=(8, None)),
+                     random_source(0, scale=1.5))
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+  """Compiles without XLA's costly passes: half the time, the same meaning."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)

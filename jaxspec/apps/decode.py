@@ -93,6 +93,10 @@ class _File(Results):
       )
 
 
+def _count(stats: Any, compiles: Any) -> None:
+  stats.compiles, stats.compiles_cached = compiles.count, compiles.from_cache
+
+
 def as_record(completion: Completion) -> dict[str, Any]:
   """Returns the JSON object of one completion."""
   record = {
@@ -251,7 +255,10 @@ def _decode_one(
 
   completion = None
   try:
-    with profiling.trace(settings.profile_dir):
+    with (
+      profiling.trace(settings.profile_dir),
+      profiling.count_compiles() as compiles,
+    ):
       for event in generator.stream(prompt, options, chat=settings.chat):
         # Provisional text may still change, and print cannot be undone.
         if event.settled:
@@ -261,6 +268,7 @@ def _decode_one(
     print(flush=True)
   if completion is None:
     raise AssertionError("the stream ended without a completion")
+  _count(completion.stats, compiles)
   results.add(0, completion)
   results.finish()
   print(completion.stats.line(), file=sys.stderr, flush=True)
@@ -300,7 +308,7 @@ def _decode_many(
     wall = time.perf_counter() - start
   results.finish()
   whole = metrics.total([c.stats for c in completions], wall_seconds=wall)
-  whole.compiles = compiles.count
+  _count(whole, compiles)
   print(whole.line(), file=sys.stderr, flush=True)
 
 

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 else:  # Imported when needed, so that --help loads no jax.
   Generator = Options = Any
 
-INTERRUPTED = 130
+# Exit statuses: ours, and what a shell reports for SIGINT and SIGPIPE.
 _USER_ERROR = 2
+_INTERRUPTED = 130
+_READER_LEFT = 141
 # What compiled programs may take on disk before the oldest are evicted.
 _COMPILATION_CACHE_BYTES = 4 * 2**30
 
@@ -76,12 +78,12 @@ def guard(body: Callable[[], int]) -> int:
     return _USER_ERROR
   except KeyboardInterrupt:
     say("interrupted")
-    return INTERRUPTED
+    return _INTERRUPTED
   except BrokenPipeError:
-    # The reader of our output left (`| head`): that is no error. Python would
-    # complain when it flushes stdout at exit, so stdout goes nowhere.
+    # The reader of our output left (`| head`). Python would complain when it
+    # flushes stdout at exit, so stdout goes nowhere.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return _READER_LEFT
   except Exception as e:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise

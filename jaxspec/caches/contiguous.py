@@ -148,11 +148,32 @@ def write_slots(buffer: Num[Array, "B G S K"], values: Float[Array, "B P G K"],
                 slots: Int[Array, "B P"]) -> Num[Array, "B G S K"]:
   """`buffer[b, :, slots[b, p]] = values[b, p]`, in place.
 
-  Slots of a row must differ; those of S or more are dropped.
+  Slots of a row must differ; those of S or more are dropped. A scatter for a
+  CPU; elsewhere a slice update for each node, because the TPU compiler keeps
+  a cache that is scattered into in another layout, and copies it twice a call.
   """
-  def row(buffer, values, slots):
-    return buffer.at[:, slots].set(jnp.moveaxis(values, 0, 1), mode="drop")
-  return jax.vmap(row)(buffer, encode(values, buffer), slots)
+  values = jnp.moveaxis(encode(values, buffer), 1, 2)            # [B G P K]
+
+  def scatter(buffer, values, slots):
+    return jax.vmap(lambda b, v, s: b.at[:, s].set(v, mode="drop"))(
+        buffer, values, slots)
+
+  def slices(buffer, values, slots):
+    room = buffer.shape[2]
+
+    def row(b, buffer):
+      for p in range(slots.shape[1]):
+        at = (b, 0, jnp.minimum(slots[b, p], room - 1), 0)
+        new = lax.dynamic_slice_in_dim(values[:, :, p:p + 1], b, 1, axis=0)
+        old = lax.dynamic_slice(buffer, at, new.shape)
+        new = jnp.where(slots[b, p] < room, new, old)
+        buffer = lax.dynamic_update_slice(buffer, new, at)
+      return buffer
+
+    return lax.fori_loop(0, buffer.shape[0], row, buffer)
+
+  return lax.platform_dependent(buffer, values, slots, cpu=scatter,
+                                default=slices)
 
 
 def set_rows(buffer: Num[Array, "B *any"], rows: Int[Array, "R"],
@@ -167,9 +188,9 @@ def set_rows(buffer: Num[Array, "B *any"], rows: Int[Array, "R"],
   return buffer.at[rows].set(new, mode="drop")
 
 
-def wipe_rows(buffers: tuple[Num[Array, "B G S K"], ...],
+def wipe_rows(buffers: tuple[Num[Array, "B G _ K"], ...],
               rows: Bool[Array, "B"], length: Int[Array, "B"]
-              ) -> tuple[Num[Array, "B G S K"], ...]:
+              ) -> tuple[Num[Array, "B G _ K"], ...]:
   """Zeroes the values of rows that are being released.
 
   A slot without a position has probability zero, which hides any value but a

@@ -95,7 +95,8 @@ class Orbax(Checkpoint):
     config, generation = content.get("config"), content.get("generation")
     if not isinstance(config, dict) or not isinstance(generation, dict):
       raise InputError(f"{path} lacks its config; convert the model again.")
-    super().__init__(source_name or str(folder), _config(config, path), generation)
+    sizes = _config(config, path)
+    super().__init__(source_name or str(folder), sizes, generation)
     self._kinds = _kinds(self.folder / _WEIGHTS)
     for name, shape in self.shapes.items():
       if name not in self._kinds:
@@ -201,10 +202,7 @@ def _kinds(path: pathlib.Path) -> dict[str, tuple[tuple[int, ...], Any]]:
 
 def _config(content: dict, path: pathlib.Path) -> Config:
   try:
-    ropes = tuple(
-        Rope(**rope | {"factors": rope.get("factors") and tuple(rope["factors"])})
-        for rope in content["ropes"]
-    )
+    ropes = tuple(_rope(**rope) for rope in content["ropes"])
     windows = tuple(content["windows"])
     return Config(**content | {"ropes": ropes, "windows": windows})
   except (KeyError, TypeError) as error:
@@ -212,6 +210,11 @@ def _config(content: dict, path: pathlib.Path) -> Config:
         f"{path} does not hold the sizes of a model ({error}); convert the"
         " model again."
     ) from error
+
+
+def _rope(factors: list[float] | None = None, **rest: Any) -> Rope:
+  # JSON has no tuples.
+  return Rope(factors=None if factors is None else tuple(factors), **rest)
 
 
 def _first_line(error: Exception) -> str:

@@ -252,8 +252,6 @@ def _flag(settings: dict, key: str, token: int | None) -> bool | None:
 def _default_template(template: Any) -> str | None:
   """Old files may hold several templates by name."""
   if isinstance(template, list):
-    named = {
-        t.get("name"): t.get("template") for t in template if isinstance(t, dict)
-    }
-    template = named.get("default")
+    found = [t for t in template if isinstance(t, dict)]
+    template = {t.get("name"): t.get("template") for t in found}.get("default")
   return template if isinstance(template, str) else None

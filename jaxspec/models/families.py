@@ -14,11 +14,12 @@ _SAME = {"gemma3_text": "gemma3"}
 
 def supported() -> list[str]:
   """Returns the families: the files here that have a `config` function."""
-  here = pathlib.Path(__file__).parent
+  here = pathlib.Path(__file__)
   return [
       path.stem
-      for path in sorted(here.glob("[a-z]*.py"))
-      if "\ndef config(hf" in path.read_text(encoding="utf-8")
+      for path in sorted(here.parent.glob("[a-z]*.py"))
+      if path.stem != here.stem
+      and "\ndef config(hf" in path.read_text(encoding="utf-8")
   ]
 
 

@@ -22,7 +22,7 @@ def config(hf: dict) -> Config:
   huggingface.refuse(
       hf, "use_bidirectional_attention", (False,), "decoding is causal"
   )
-  scalar = huggingface.real(hf, "query_pre_attn_scalar", 256)
+  scalar = huggingface.real(hf, "query_pre_attn_scalar", 256.0)
   return huggingface.read(
       {"head_dim": 256} | hf,
       "gemma2",

@@ -36,7 +36,7 @@ def config(hf: dict) -> Config:
       hf, "use_bidirectional_attention", (False,), "decoding is causal"
   )
   period = huggingface.integer(hf, "sliding_window_pattern", 6)
-  scalar = huggingface.real(hf, "query_pre_attn_scalar", 256)
+  scalar = huggingface.real(hf, "query_pre_attn_scalar", 256.0)
   return huggingface.read(
       hf,
       "gemma3",

@@ -53,7 +53,9 @@ def real(hf: dict, key: str, default: float | None = None) -> float:
     raise InputError(f"{key!r} must be a number, found {value!r}.")
   # Compared, not converted: a JSON integer may be too large for a float.
   if not 0 < value < 1e30:
-    raise InputError(f"{key!r} must be above 0 and below 1e30, found {value!r}.")
+    raise InputError(
+        f"{key!r} must be above 0 and below 1e30, found {value!r}."
+    )
   return float(value)
 
 
@@ -108,7 +110,7 @@ def upper_window(hf: dict) -> dict:
   }
 
 
-def rope(parameters: dict, theta: float, context: int) -> Rope:
+def rope(parameters: Any, theta: float, context: int) -> Rope:
   """Returns the rotary embedding that one `rope_parameters` describes."""
   if not isinstance(parameters, dict):
     raise InputError(

@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxspec import sharding
@@ -31,27 +32,30 @@ def mixture(x: Float[Array, "B T D"], router: Float[Array, "E D"],
   Returns:
     The weighted sum of the experts' outputs, in float32.
   """
-  chosen, experts = _route(x, router, per_token, normalize)
+  def mix(x, router, gate_up, down, first=0):
+    chosen, experts = _route(x, router, per_token, normalize)
+    return _mix(x, chosen, experts - first, gate_up, down, activation)
+
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
-    return _mix(x, chosen, experts, gate_up, down, activation)
+    return mix(x, router, gate_up, down)
 
   by_row = sharding.spec(("rows", None, None), x.shape, mesh)
   wide = sharding.spec(("experts", None, "mlp", None), gate_up.shape, mesh)
   deep = sharding.spec(("experts", None, "mlp"), down.shape, mesh)
   owner, slice_axis = wide[0], wide[2]
 
-  def shard(x, chosen, experts, gate_up, down):
-    if owner:
-      experts = experts - lax.axis_index(owner) * gate_up.shape[0]
-    y = _mix(x, chosen, experts, gate_up, down, activation)
+  def shard(x, router, gate_up, down):
+    # Every shard routes its rows; XLA would gather them to find the top k.
+    first = lax.axis_index(owner) * len(gate_up) if owner else 0
+    y = mix(x, router, gate_up, down, first)
     split = tuple(axis for axis in (owner, slice_axis) if axis)
     return lax.psum(y, split) if split else y
 
   # Nothing inside says which values differ between shards: no check_vma.
   return jax.shard_map(
-      shard, in_specs=(by_row, by_row, by_row, wide, deep), out_specs=by_row,
-      check_vma=False)(x, chosen, experts, gate_up, down)
+      shard, in_specs=(by_row, PartitionSpec(), wide, deep), out_specs=by_row,
+      check_vma=False)(x, router, gate_up, down)
 
 
 def _route(x, router, per_token, normalize):

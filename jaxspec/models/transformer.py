@@ -242,8 +242,10 @@ class Transformer(nnx.Module):
         layer, q.reshape(rows, tokens, c.heads, c.head_size), fresh, at,
         scale=c.scale, window=c.windows[layer],
         logits_soft_cap=c.attention_cap)
-    y = y.reshape(rows, tokens, c.kv_heads, c.queries_per_kv, c.head_size)
-    return layers.linear(y, block.out[...], contract=3), fresh
+    # Heads as one dimension: a dot over three would be given its weight in a
+    # layout of its own, copied at every call.
+    out = block.out[...].reshape(c.width, -1)
+    return layers.linear(y.reshape(rows, tokens, -1), out), fresh
 
   def _mlp(self, block, x):
     c = self.config

@@ -65,6 +65,14 @@ def test_a_drafter_that_found_nothing_still_says_so():
   )
 
 
+def test_programs_from_the_cache_are_told_apart():
+  stats = dataclasses.replace(plain(), compiles=5, compiles_cached=4)
+  stats.reconcile()
+  assert "| compiles 5 (4 cached) |" in stats.line("")
+  with pytest.raises(AssertionError, match="compiles_cached"):
+    dataclasses.replace(stats, compiles_cached=6).reconcile()
+
+
 def test_memory_is_measured_where_none_is_given():
   assert any(unit in plain().line() for unit in ("| rss ", "| hbm "))
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decode command: prompts in, records out, nothing lost on the way."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 from jaxspec import __main__ as front_door
+from jaxspec.metrics import Stats
 
 NO_CACHE = "--compilation_cache_dir="
 
@@ -460,3 +462,112 @@ def test_an_interrupted_stream_ends_its_line(fake, capsys):
   assert run("--prompt=x") == 130
   out, err = capsys.readouterr()
   assert out == "\n" and err == "jaxspec: interrupted\n"
+
+
+# With a real generator and a tiny model.
+
+
+def counts(record) -> Stats:
+  names = {field.name for field in dataclasses.fields(Stats)}
+  return Stats(**{k: v for k, v in record["stats"].items() if k in names})
+
+
+def test_speculation_gives_the_same_tokens_and_counts_add_up(
+  tiny_model, tmp_path, capsys
+):
+  path = write_lines(
+    tmp_path / "in.jsonl",
+    {"prompt": "abcabcabcabc"},
+    {"messages": [{"role": "user", "content": "one two one two"}]},
+    {"turns": ["to and fro and to"]},
+  )
+  records = {}
+  for drafter in ("autoregressive", "prompt_lookup"):
+    out = tmp_path / f"{drafter}.jsonl"
+    code = run(
+      f"--model={tiny_model}",
+      f"--prompts={path}",
+      f"--output={out}",
+      f"--drafter={drafter}",
+      "--rows=2",
+      "--capacity=128",
+      "--dtype=float32",
+      "--max_new_tokens=24",
+      "--ignore_eos",
+      "--logprobs",
+    )
+    assert code == 0
+    records[drafter] = read_lines(out)
+    stdout, err = capsys.readouterr()
+    assert stdout == "" and "generation_config sets repetition_penalty" in err
+    assert "3 requests " in err and err.rstrip().endswith("verify=exact")
+  plain, lookup = records.values()
+  assert [r["token_ids"] for r in plain] == [r["token_ids"] for r in lookup]
+  assert [r["text"] for r in plain] == [r["text"] for r in lookup]
+  assert plain[1]["prompt"] == "[user] one two one two\n"
+  for record in (*plain, *lookup):
+    counts(record).reconcile()
+    assert record["finish_reason"] == "length"
+    assert len(record["logprobs"]) == len(record["token_ids"]) == 24
+  assert sum(r["stats"]["drafted"] for r in plain) == 0
+  assert sum(r["stats"]["accepted"] for r in lookup) > 0
+
+
+def test_a_stream_prints_what_its_record_holds(
+  tiny_model, tmp_path, capsysbinary
+):
+  out = tmp_path / "out.jsonl"
+  code = run(
+    f"--model={tiny_model}",
+    "--prompt=abababab",
+    f"--output={out}",
+    f"--profile_dir={tmp_path / 'trace'}",
+    "--drafter=prompt_lookup",
+    "--capacity=128",
+    "--dtype=float32",
+    "--max_new_tokens=16",
+    "--temperature=0.8",
+    "--seed=3",
+  )
+  assert code == 0
+  (record,) = read_lines(out)
+  stdout, err = capsysbinary.readouterr()
+  assert stdout.decode() == record["text"] + "\n"
+  counts(record).reconcile()
+  assert b"seed=3 verify=exact" in err
+  assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+  "argv, words",
+  [
+    (["--drafter=prompt_lokup"], "prompt_lookup"),
+    (["--drafter=prompt_lookup:lenth=3"], "length"),
+    (["--verifier=exakt"], "exact"),
+    (["--cache=pagde"], "paged"),
+    (["--dtype=float16"], "float16"),
+    (["--mesh=tensr=2"], "tensor"),
+    (["--mesh=tensor=3"], "3"),
+    (["--rows=0"], "rows"),
+    (["--capacity=100000"], "capacity"),
+    (["--max_new_tokens=400", "--capacity=256"], "capacity"),
+    (["--top_p=1.5"], "top_p"),
+    (["--temperature=nan"], "temperature"),
+    (["--stop_token_ids=99999"], "99999"),
+    (["--logit_bias=-5=1"], "-5"),
+    (["--seed=-1"], "seed"),
+    (["--stop="], "stop"),
+    (["--model=/no/such/model"], "/no/such/model"),
+  ],
+)
+def test_what_cannot_be_is_one_sentence(argv, words, tiny_model, capsys):
+  assert run(f"--model={tiny_model}", "--prompt=hi", *argv) == 2
+  out, err = capsys.readouterr()
+  last = err.splitlines()[-1]
+  assert last.startswith("jaxspec: ") and words in last
+  assert "Traceback" not in err and out.strip() == ""
+
+
+def test_an_empty_prompt_is_refused(tiny_model, capsys):
+  assert run(f"--model={tiny_model}", "--prompt=") == 2
+  assert "empty" in capsys.readouterr().err

@@ -4,6 +4,7 @@
 import pathlib
 
 import pytest
+
 from tests.jaxspec.checkpoint.small_checkpoints import write_folder
 
 

@@ -12,10 +12,14 @@ import pytest
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.jaxspec.checkpoint.small_checkpoints import LLAMA, llama_tensors, write_folder
 
 from jaxspec.checkpoint import hf, open_checkpoint
 from jaxspec.errors import InputError
+from tests.jaxspec.checkpoint.small_checkpoints import (
+  LLAMA,
+  llama_tensors,
+  write_folder,
+)
 
 
 def put(array, axes):

@@ -102,7 +102,9 @@ def test_restore_onto_another_mesh(folder, tmp_path):
 def test_weights_pass_through_put_too(saved):
   _, target = saved
   checkpoint = open_checkpoint(str(target))
-  source = checkpoint.source(lambda array, axes: jnp.asarray(array), jnp.float32)
+  source = checkpoint.source(
+      lambda array, axes: jnp.asarray(array), jnp.float32
+  )
   model = Transformer(checkpoint.config, source)
   np.testing.assert_array_equal(
       model.layers[0].down[...], checkpoint.weight("layers.0.down")

@@ -43,6 +43,7 @@ def sentencepiece_values(
   words = sorted({SPACE + w for w in pieces.split()} | set(pieces.split()))
   merged = {w[:n] for w in words for n in range(1, len(w) + 1)}
   merged |= {w[n:] for w in words for n in range(len(w))}
+  merged |= {character for w in words for character in w}
   normal = sorted(merged, key=lambda t: (-len(t), t))
   tokens += normal
   kinds += [1] * len(normal)
