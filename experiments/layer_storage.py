@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How should a model store its layers? Measured, for three answers.
 
-  python experiments/layer_storage.py --output=experiments/results/layer_storage.json
+  python -m experiments.layer_storage --output=layer_storage.json
 
 - `list`: each layer owns its arrays, the layer loop is unrolled.
 - `index`: one stack, a `fori_loop` takes layer l by a dynamic index.
@@ -15,7 +15,6 @@ it is compiled without the device and its temporary memory is read: a copy of
 weights is read and written again for every token, which is what decides.
 """
 
-import json
 import os
 import statistics
 import time

@@ -11,7 +11,7 @@ always the next root; its keys are not yet written.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import struct
@@ -22,6 +22,7 @@ from jaxspec.sampling import Sampling
 from jaxspec.tree import Tree
 
 
+@runtime_checkable
 class Model(Protocol):
   """What the loop asks of a language model."""
 
@@ -204,6 +205,7 @@ class Prefix:
   last: Float[Array, "R D"]
 
 
+@runtime_checkable
 class Drafter(Protocol):
   """Proposes what comes next. A pytree: leaves are weights, statics shape.
 

@@ -21,8 +21,7 @@ from jaxspec import drafters, loop, sharding, verifiers
 from jaxspec.answers import Answer, Completion, TextEvent
 from jaxspec.base import DecodeState, Drafter, Verifier
 from jaxspec.errors import InputError, nearest
-from jaxspec.models.transformer import (
-    Source, Transformer, abstract_source)
+from jaxspec.models.transformer import Source, Transformer, abstract_source
 from jaxspec.options import Options, as_request
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -115,7 +114,7 @@ class Generator:
     Raises:
       InputError: names the file, tensor or flag that is wrong.
     """
-    from jaxspec import checkpoint                     # pulls in file formats
+    from jaxspec import checkpoint  # pulls in file formats
     dtype = dtype or "bfloat16"
     if dtype not in _DTYPES:
       raise InputError(f"dtype must be one of {', '.join(_DTYPES)}, "

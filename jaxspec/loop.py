@@ -17,8 +17,18 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from jaxspec import sampling, stages
-from jaxspec.base import (Counters, DecodeState, Drafter, Emission, Model,
-                          Prefix, Proposal, Request, Sequences, Verifier)
+from jaxspec.base import (
+  Counters,
+  DecodeState,
+  Drafter,
+  Emission,
+  Model,
+  Prefix,
+  Proposal,
+  Request,
+  Sequences,
+  Verifier,
+)
 from jaxspec.caches import Cache, Place
 from jaxspec.caches.contiguous import ContiguousCache
 from jaxspec.tree import root

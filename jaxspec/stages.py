@@ -10,9 +10,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec import sampling
-from jaxspec.base import (Counters, DecodeState, Drafter, Emission, HeadStart,
-                          Model, Proposal, Request, Scores, Sequences,
-                          Verdict, Verifier)
+from jaxspec.base import (
+  Counters,
+  DecodeState,
+  Drafter,
+  Emission,
+  HeadStart,
+  Model,
+  Proposal,
+  Request,
+  Scores,
+  Sequences,
+  Verdict,
+  Verifier,
+)
 from jaxspec.caches import Cache, Place
 
 

@@ -18,8 +18,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from jaxspec.models.layers import Rope  # noqa: E402
-from jaxspec.models.transformer import (  # noqa: E402
-    Config, Transformer, random_source)
+from jaxspec.models.transformer import Config, Transformer, random_source  # noqa: E402
 
 
 def tiny_config(**changes) -> Config:

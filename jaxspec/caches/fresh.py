@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys and values in flight, and the contract of the caches they may enter."""
 
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import struct
@@ -61,6 +61,7 @@ class Place:
     return self.positions[:, self.start:self.start + count]
 
 
+@runtime_checkable
 class Cache(Protocol):
   """What every cache does. All methods are pure.
 
@@ -72,7 +73,7 @@ class Cache(Protocol):
 
   @classmethod
   def empty(cls, windows: tuple[int | None, ...], rows: int, capacity: int,
-            kv_heads: int, head_size: int, dtype: Any) -> Self:
+            kv_heads: int, head_size: int, dtype: Any) -> "Cache":
     """A cache of `len(windows)` layers that holds `capacity` positions."""
     ...
 
@@ -85,7 +86,7 @@ class Cache(Protocol):
     ...
 
   def commit(self, fresh: Fresh, path: Int[Array, "B P"],
-             kept: Int[Array, "B"]) -> Self:
+             kept: Int[Array, "B"]) -> "Cache":
     """Writes nodes `path[:, :kept]` of every layer behind the prefix.
 
     Rows with `kept == 0` are untouched.
@@ -93,7 +94,7 @@ class Cache(Protocol):
     ...
 
   def insert(self, rows: Int[Array, "R"], prefix: "Cache",
-             reserve: Int[Array, "R"]) -> Self:
+             reserve: Int[Array, "R"]) -> "Cache":
     """Replaces whole rows by those of a contiguous `prefix`.
 
     Args:
@@ -103,7 +104,7 @@ class Cache(Protocol):
     """
     ...
 
-  def release(self, rows: Bool[Array, "B"]) -> Self:
+  def release(self, rows: Bool[Array, "B"]) -> "Cache":
     """Forgets these rows; nothing of them can be read again."""
     ...
 

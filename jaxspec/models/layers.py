@@ -34,7 +34,7 @@ class Rope:
   original_context: int = 8192
   factors: tuple[float, ...] | None = None
 
-  def frequencies(self, head_size: int) -> Float[np.ndarray, "K//2"]:
+  def frequencies(self, head_size: int) -> Float[np.ndarray, "half"]:
     """Radians a position, for each pair of dimensions."""
     exponent = np.arange(0, head_size, 2, dtype=np.float64) / head_size
     frequency = self.theta ** -exponent
@@ -50,7 +50,7 @@ class Rope:
     return frequency.astype(np.float32)
 
   def angles(self, positions: Int[Array, "B T"], head_size: int
-             ) -> tuple[Float[Array, "B T K//2"], Float[Array, "B T K//2"]]:
+             ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Cosine and sine for each position."""
     angle = positions[..., None] * self.frequencies(head_size)[None, None]
     return jnp.cos(angle), jnp.sin(angle)
@@ -74,7 +74,7 @@ def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, "D"],
   return (y * weight).astype(x.dtype)
 
 
-def linear(x: Float[Array, "B T *inner"], weight: Float[Array, "*outer_inner"],
+def linear(x: Float[Array, "B T *inner"], weight: Float[Array, "..."],
            contract: int = 1) -> Float[Array, "B T *outer"]:
   """`x` times a weight stored `[outer..., inner...]`, summed in float32.
 

@@ -18,7 +18,7 @@ persistent compilation cache pays it once.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,7 @@ class Config:
     return self.query_scale or 1 / math.sqrt(self.head_size)
 
 
+@runtime_checkable
 class Source(Protocol):
   """Gives the weight called `path`: random, read from a file, or abstract.
 
@@ -172,9 +173,9 @@ class Transformer(nnx.Module):
     return Fresh.empty(c.depth, len(cache.length), nodes, c.kv_heads,
                        c.head_size, cache.dtype)
 
-  def init_cache(self, kind: type[Cache], rows: int, capacity: int,
+  def init_cache(self, kind: Any, rows: int, capacity: int,
                  dtype: Any) -> Cache:
-    """An empty cache of the given kind."""
+    """An empty cache; `kind` is one of the classes in `jaxspec.caches`."""
     c = self.config
     return kind.empty(c.windows, rows, capacity, c.kv_heads, c.head_size,
                       dtype)

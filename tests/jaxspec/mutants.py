@@ -357,6 +357,7 @@ def kill_table(size: int, sampler: str = "cool") -> list[tuple]:
           for mutant, tree in itertools.product([None, *MUTANTS], TREES)]
 
 
+@functools.cache
 def judge(mutant: str | None, tree: str, size: int,
           sampler: str = "cool") -> tuple[str | None, str, float, float]:
   """One row of the table."""

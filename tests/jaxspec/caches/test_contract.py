@@ -242,7 +242,7 @@ def test_rows_do_not_notice_their_neighbours(kind):
                          ids=str)
 def test_on_a_mesh(kind, axes):
   rng = np.random.default_rng(2)
-  record, tree = Record(), trees.chain(3)
+  record = Record()
   path = jnp.broadcast_to(jnp.arange(4)[None], (ROWS, 4))
   with jax.set_mesh(sharding.make_mesh(axes)):
     cache = jax.jit(functools.partial(make, kind))()

@@ -134,22 +134,22 @@ class Machine(RuleBasedStateMachine):
     self.rows[row] = tokens if room else []
     self.limit[row] = limit if promised else 0
 
-  @rule(source=st.integers(0, ROWS - 1), target=st.integers(0, ROWS),
+  @rule(source=st.integers(0, ROWS - 1), onto=st.integers(0, ROWS),
         more=st.integers(0, 6))
-  def fork(self, source, target, more):
+  def fork(self, source, onto, more):
     length = len(self.rows[source])
     limit = min(length + more, CAPACITY)
-    if target in (source, ROWS):
-      self.cache = fork(self.cache, [source], [target], [limit])
+    if onto in (source, ROWS):
+      self.cache = fork(self.cache, [source], [onto], [limit])
       return
     need, full = self.cache.pages_needed, length // PAGE
-    room, promised = (self.admits(target, need(n) - full)
+    room, promised = (self.admits(onto, need(n) - full)
                       for n in (length, limit))
     starved = bool(self.cache.starved[source])
-    self.cache = fork(self.cache, [source], [target], [limit])
-    assert bool(self.cache.starved[target]) == (starved or not room)
-    self.rows[target] = list(self.rows[source]) if room else []
-    self.limit[target] = limit if promised and not starved else 0
+    self.cache = fork(self.cache, [source], [onto], [limit])
+    assert bool(self.cache.starved[onto]) == (starved or not room)
+    self.rows[onto] = list(self.rows[source]) if room else []
+    self.limit[onto] = limit if promised and not starved else 0
 
   @rule(rows=st.sets(st.integers(0, ROWS - 1)))
   def release(self, rows):
