@@ -61,7 +61,7 @@ class Proposal:
   tokens: Int[Array, "B N"]
   tree: Tree = struct.field(pytree_node=False)
   live: Int[Array, "B"] | None = None
-  probs: Float[Array, "B N-1 V"] | None = None
+  probs: Float[Array, "B drafted V"] | None = None
   head_start: HeadStart | None = None
 
   @property
@@ -130,8 +130,8 @@ class Counters:
 
   passes: Int[Array, "B"]
   nodes: Int[Array, "B"]
-  drafted: Int[Array, "B P-1"]
-  accepted: Int[Array, "B P-1"]
+  drafted: Int[Array, "B depth"]
+  accepted: Int[Array, "B depth"]
 
   @classmethod
   def zeros(cls, rows: int, height: int) -> "Counters":

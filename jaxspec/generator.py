@@ -181,7 +181,7 @@ class Generator:
                                              for a in active)
         state = loop.decode(
             self.model, self.drafter, self.verifier, state,
-            np.int32(16 if watched else 2**30), np.bool_(not waiting))
+            jnp.int32(16 if watched else 2**30), jnp.bool_(not waiting))
         state = self._collect(state, active, finished, on_completion, on_text)
       self._state = state
     return [finished[i] for i in range(len(finished))]
@@ -211,7 +211,7 @@ class Generator:
           count = int(emission.count[0])
           yield from answer.guess(np.asarray(emission.tokens)[0, :count])
       with jax.set_mesh(self.mesh):
-        self._state = loop.release(state, np.ones(self.rows, bool))
+        self._state = loop.release(state, jnp.ones(self.rows, bool))
 
   @contextlib.contextmanager
   def _batch(self) -> Iterator[None]:
@@ -312,16 +312,17 @@ class Generator:
     start = time.perf_counter()
     size = 1 if len(answers) == 1 else self.rows
     spare = size - len(answers)
-    rows = np.array([*rows, *[self.rows] * spare], np.int32)   # dropped
+    rows = jnp.array([*rows, *[self.rows] * spare], jnp.int32)  # dropped
     padded = [*answers, *answers[:1] * spare]
     tokens = np.zeros((size, bucket), np.int32)
     for row, answer in zip(tokens, padded):
       row[:len(answer.prompt_ids)] = answer.prompt_ids
-    lengths = np.array([len(a.prompt_ids) for a in padded], np.int32)
-    request = as_request([a.options for a in padded], lengths, self.eos_ids,
+    lengths = jnp.array([len(a.prompt_ids) for a in padded], jnp.int32)
+    request = as_request([a.options for a in padded],
+                         [len(a.prompt_ids) for a in padded], self.eos_ids,
                          vocab=self.config.vocab, stops=_STOPS, biases=_BIASES)
-    prefix = loop.prefill(self.model, self.drafter.taps, tokens, lengths,
-                          chunk=CHUNK, dtype=self.cache_dtype)
+    prefix = loop.prefill(self.model, self.drafter.taps, jnp.asarray(tokens),
+                          lengths, chunk=CHUNK, dtype=self.cache_dtype)
     state = loop.insert(self.model, self.drafter, self.verifier, state, rows,
                         prefix, request)
     jax.block_until_ready(state.done)
@@ -347,7 +348,7 @@ class Generator:
           on_completion(answer.index, answer.completion)
     free = np.array([answer is None for answer in active])
     if abandoned.any():
-      state = loop.release(state, free)
+      state = loop.release(state, jnp.asarray(free))
     return state
 
 

@@ -98,9 +98,9 @@ def prefill(model: Model, taps: tuple[int, ...], tokens: Int[Array, "R T"],
     # Nothing is committed yet, so there is no prefix to attend to, and what
     # was fresh is the cache.
     fresh, features, last = read(empty(0), tokens, features, last, 0)
-    cache = ContiguousCache(
-        *(tuple(jnp.moveaxis(x, 1, 2) for x in xs)
-          for xs in (fresh.k, fresh.v)), length)
+    k, v = (tuple(jnp.moveaxis(x, 1, 2) for x in xs)
+            for xs in (fresh.k, fresh.v))
+    cache = ContiguousCache(k, v, length)
     return Prefix(tokens, length, cache, features, last)
 
   def body(i, carry):

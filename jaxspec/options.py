@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxspec.base import Request
@@ -103,7 +104,7 @@ def as_request(options: Sequence[Options], lengths: Sequence[int],
       for o in options]
 
   def column(name, dtype=np.float32):
-    return np.array([getattr(o, name) for o in options], dtype)
+    return jnp.array([getattr(o, name) for o in options], dtype)
 
   return Request(
       Sampling(
@@ -115,15 +116,15 @@ def as_request(options: Sequence[Options], lengths: Sequence[int],
           repetition=column("repetition_penalty"),
           presence=column("presence_penalty"),
           frequency=column("frequency_penalty"),
-          bias_ids=np.array([
+          bias_ids=jnp.array([
               pad(token_ids("logit_bias", list(o.logit_bias)), biases,
                   "logit_bias", -1) for o in options], np.int32),
-          bias=np.array([
+          bias=jnp.array([
               pad(list(o.logit_bias.values()), biases, "logit_bias", 0.0)
               for o in options], np.float32)),
-      limit=np.array([n + o.max_new_tokens for n, o in zip(lengths, options)],
-                     np.int32),
-      stops=np.array([pad(list(e), stops, "stop_token_ids", -1)
+      limit=jnp.array([n + o.max_new_tokens for n, o in zip(lengths, options)],
+                     jnp.int32),
+      stops=jnp.array([pad(list(e), stops, "stop_token_ids", -1)
                       for e in ends], np.int32),
       wants_logprobs=column("logprobs", bool))
 

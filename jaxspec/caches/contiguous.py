@@ -159,33 +159,68 @@ def write_slots(buffer: Num[Array, "B G S K"], values: Float[Array, "B P G K"],
         buffer, values, slots)
 
   def slices(buffer, values, slots):
-    room = buffer.shape[2]
+    room, count = buffer.shape[2], slots.shape[1]
 
     def row(b, buffer):
-      for p in range(slots.shape[1]):
+      def node(p, buffer):
         at = (b, 0, jnp.minimum(slots[b, p], room - 1), 0)
-        new = lax.dynamic_slice_in_dim(values[:, :, p:p + 1], b, 1, axis=0)
+        new = lax.dynamic_slice(values, (b, 0, p, 0),
+                                (1, values.shape[1], 1, values.shape[3]))
         old = lax.dynamic_slice(buffer, at, new.shape)
         new = jnp.where(slots[b, p] < room, new, old)
-        buffer = lax.dynamic_update_slice(buffer, new, at)
-      return buffer
+        return lax.dynamic_update_slice(buffer, new, at)
+      # A chunk of a prompt has hundreds of nodes: not all unrolled.
+      return lax.fori_loop(0, count, node, buffer, unroll=min(count, 8) or 1)
 
     return lax.fori_loop(0, buffer.shape[0], row, buffer)
 
-  return lax.platform_dependent(buffer, values, slots, cpu=scatter,
-                                default=slices)
+  def write(buffer, values, slots):
+    return lax.platform_dependent(buffer, values, slots, cpu=scatter,
+                                  default=slices)
+
+  return _by_shard(write, buffer, (values, slots), (AXES, AXES[:1] + (None,)))
 
 
-def set_rows(buffer: Num[Array, "B *any"], rows: Int[Array, "R"],
-             new: Num[Array, "R *any"]) -> Num[Array, "B *any"]:
+def set_rows(buffer: Num[Array, "B G S K"], rows: Int[Array, "R"],
+             new: Num[Array, "R G S K"]) -> Num[Array, "B G S K"]:
   """`buffer[rows] = new`, in place; rows beyond the buffer are dropped."""
-  new = encode(new, buffer)
-  if len(rows) == 1:       # a slice update, which every backend does in place
-    return lax.cond(
-        rows[0] < buffer.shape[0],
-        lambda b: lax.dynamic_update_slice_in_dim(b, new, rows[0], axis=0),
-        lambda b: b, buffer)
-  return buffer.at[rows].set(new, mode="drop")
+  split = _row_axis(buffer)
+
+  def write(buffer, rows, new):
+    count = len(buffer)
+    if split:
+      rows = rows - lax.axis_index(split) * count
+      rows = jnp.where(rows < 0, count, rows)
+    if len(rows) == 1:     # a slice update, which every backend does in place
+      return lax.cond(
+          rows[0] < count,
+          lambda b: lax.dynamic_update_slice_in_dim(b, new, rows[0], axis=0),
+          lambda b: b, buffer)
+    return buffer.at[rows].set(new, mode="drop")
+
+  return _by_shard(write, buffer, (rows, encode(new, buffer)),
+                   ((None,), (None, *AXES[1:])))
+
+
+def _by_shard(write, buffer, args, axes):
+  """`write(buffer, *args)`, each shard for the rows and heads it holds.
+
+  Left to itself, XLA gathers a buffer that is split over rows, to update a
+  slice of it whose row it does not know.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return write(buffer, *args)
+  whole = sharding.spec(AXES, buffer.shape, mesh)
+  specs = (sharding.spec(names, x.shape, mesh) for names, x in zip(axes, args))
+  return jax.shard_map(write, in_specs=(whole, *specs), out_specs=whole,
+                       check_vma=False)(buffer, *args)
+
+
+def _row_axis(buffer):
+  """The mesh axis rows are split over, if any."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty else sharding.spec(AXES, buffer.shape, mesh)[0]
 
 
 def wipe_rows(buffers: tuple[Num[Array, "B G _ K"], ...],

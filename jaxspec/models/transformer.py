@@ -18,7 +18,7 @@ persistent compilation cache pays it once.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,21 +82,11 @@ class Config:
     return self.query_scale or 1 / math.sqrt(self.head_size)
 
 
-@runtime_checkable
-class Source(Protocol):
-  """Gives the weight called `path`: random, read from a file, or abstract.
-
-  `axes` are the logical names of its dimensions (see `jaxspec.sharding`).
-  Norm weights ask for float32, all others take the source's own dtype.
-  """
-
-  def __call__(
-      self,
-      path: str,
-      shape: tuple[int, ...],
-      axes: tuple[str | None, ...],
-      dtype: Any = None,
-  ) -> Any: ...
+# Called as source(path, shape, axes, dtype=None), gives the weight called
+# `path`: random, read from a file, or abstract. `axes` are the logical names
+# of its dimensions (see `jaxspec.sharding`). Norms ask for float32, all others
+# take the source's own dtype.
+Source = Callable[..., Any]
 
 
 class Block(nnx.Module):

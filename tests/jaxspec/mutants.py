@@ -40,7 +40,7 @@ VOCAB, LENGTH = 8, 4
 ROWS = 4096
 PROMPT = (1, 6)
 ALPHA = 1e-6
-TREES = {"chain": chain(2), "tree": branching((2, 2))}
+TREES = {"chain": chain(2), "tree": branching((2, 1))}
 SAMPLERS = {
     "cool": Options(max_new_tokens=LENGTH, temperature=0.7, top_p=0.8),
     "warm": Options(max_new_tokens=LENGTH, temperature=1.4, top_p=0.95,
@@ -173,17 +173,17 @@ def sample(tree: str, sampler: str, size: int, *, mutant: str | None = None,
   with MUTANTS[mutant]() if mutant else _honest() as verifier:
 
     @jax.jit
-    def batch(number):
+    def batch(model, drafter, prefix, request, number):
       seeds = jnp.arange(ROWS, dtype=jnp.uint32) + number * jnp.uint32(ROWS)
       own = request.replace(sampling=request.sampling.replace(
           key=jax.vmap(jax.random.key)(seeds)))
       state = loop.init(
-          model(), drafter,
-          model().init_cache(ContiguousCache, ROWS, 16, jnp.float32),
+          model, drafter,
+          model.init_cache(ContiguousCache, ROWS, 16, jnp.float32),
           capacity=16, stops=1, biases=1)
-      state = loop.insert(model(), drafter, verifier, state,
+      state = loop.insert(model, drafter, verifier, state,
                           jnp.arange(ROWS), prefix, own)
-      state = loop.decode(model(), drafter, verifier, state,
+      state = loop.decode(model, drafter, verifier, state,
                           jnp.int32(2**30), jnp.bool_(True))
       answer = state.seq.tokens[:, len(PROMPT):len(PROMPT) + LENGTH]
       cell = answer @ (VOCAB ** jnp.arange(LENGTH)[::-1])
@@ -191,7 +191,8 @@ def sample(tree: str, sampler: str, size: int, *, mutant: str | None = None,
               jnp.sum(state.counters.accepted), jnp.sum(state.counters.nodes))
 
     batches = -(-size // ROWS)
-    found = [jax.device_get(batch(np.uint32(seed * batches + i)))
+    found = [jax.device_get(batch(model(), drafter, prefix, request,
+                                  np.uint32(seed * batches + i)))
              for i in range(batches)]
   counts, accepted, drafted = (np.sum(x, axis=0) for x in zip(*found))
   return Sample(counts, int(accepted), int(drafted))

@@ -23,7 +23,6 @@ import pytest
 from tests.jaxspec import mutants
 from tests.jaxspec.mutants import ALPHA, HARMLESS, MUTANTS, ROWS, TREES
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 _rows: list[tuple] = []
 
 
@@ -69,6 +68,7 @@ def test_the_law_is_that_of_texts_and_not_of_tokens():
   assert np.sum(mutants.law("cool") > 0) > 300
 
 
+@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("mutant, tree", [
     *((mutant, "tree") for mutant in MUTANTS), ("stale_keys", "chain"),
     ("leniency", "chain")])
@@ -81,6 +81,7 @@ def test_mutants_are_killed(mutant, tree):
     assert row[2] < ALPHA, f"{mutant} survives with {tree}"
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_a_first_token_test_is_blind():
   """What most projects test would pass these three decoders."""
   for mutant in ("stale_keys", "bonus_shift", "filter_skipped"):
@@ -89,6 +90,7 @@ def test_a_first_token_test_is_blind():
     assert first > 1e-3
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_the_answer_is_a_function_of_the_seed():
   """Same seed, same tokens: across drafters, and only with shared noise."""
   counts = {tree: mutants.sample(tree, "cool", ROWS).counts for tree in TREES}

@@ -255,6 +255,19 @@ def test_on_a_mesh(kind, axes):
       for row in range(ROWS):
         record.extend(row, fresh.k, fresh.v, np.arange(kept[row]))
       check(cache, record, rng, jnp.float32)
+    # Rows of two data shards, one of neither.
+    for row, length in ((3, 9), (0, 6)):
+      record.clear(row)
+      record.extend(row, fresh.k, fresh.v, np.arange(length) % 4)
+    prefix = record.contiguous(jnp.float32, (3, 0, 1), 16)
+    full = jnp.full(3, CAPACITY, jnp.int32)
+    cache = insert(cache, jnp.array([3, 0, ROWS]), prefix, full)
+    check(cache, record, rng, jnp.float32)
+    one = record.contiguous(jnp.float32, (3,), 16)
+    for row in (2, ROWS):
+      cache = insert(cache, jnp.array([row]), one, full[:1])
+    record.rows[2] = [list(both) for both in record.rows[3]]
+    check(cache, record, rng, jnp.float32)
 
 
 @every_cache

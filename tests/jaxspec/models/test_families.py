@@ -247,7 +247,7 @@ def test_stored_rope_factors_are_named_when_written():
   assert huggingface.write(other, "bfloat16")["rope_scaling"] == (
       LLAMA_31["rope_scaling"]
   )
-  odd = dataclasses.replace(plain, factors=tuple(range(1, 65)))
+  odd = dataclasses.replace(plain, factors=tuple(map(float, range(1, 65))))
   with pytest.raises(InputError, match="not Llama 3's"):
     huggingface.write(dataclasses.replace(config, ropes=(odd,) * 32), "float32")
 
