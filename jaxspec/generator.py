@@ -9,6 +9,7 @@
 import contextlib
 import importlib
 import time
+import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -384,9 +385,10 @@ class _View:
   def __init__(self, state: DecodeState):
     seq = state.seq
     (self.tokens, self.length, self.prompt_length, self.done, self.logprobs,
-     self.counters) = jax.device_get(
+     counters) = jax.device_get(
          (seq.tokens, seq.length, seq.prompt_length, state.done,
-          state.logprobs, state.counters))
+          state.logprobs, vars(state.counters)))
+    self.counters = types.SimpleNamespace(**counters)
 
 
 def _buckets(capacity: int) -> list[int]:

@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -36,4 +37,8 @@ def test_the_cells_run(monkeypatch, capsys):
   for number, cell in enumerate(cells()):
     exec(compile(cell, f"cell {number}", "exec"), names)
   out = capsys.readouterr().out
-  assert "temperature 0.8: 63 -> " in out and "mean_len=" in out
+  passes = re.findall(r"^temperature (\S+): (\d+) -> (\d+) passes$", out, re.M)
+  assert [temperature for temperature, _, _ in passes] == ["0.8", "0.0"]
+  assert all(int(fewer) <= int(more) for _, more, fewer in passes)
+  # Greedily it quotes the prompt, which is what the drafter is for.
+  assert int(passes[1][2]) < 0.8 * int(passes[1][1])

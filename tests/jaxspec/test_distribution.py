@@ -23,6 +23,9 @@ import pytest
 from tests.jaxspec import mutants
 from tests.jaxspec.mutants import ALPHA, HARMLESS, MUTANTS, ROWS, TREES
 
+# 2^18 samples take minutes on two cores.
+pytestmark = pytest.mark.slow
+
 _rows: list[tuple] = []
 
 
