@@ -66,7 +66,7 @@ def as_transformers(checkpoint: Checkpoint, dtype: str = "float32") -> Any:
   for path in checkpoint.shapes:
     weight = np.asarray(checkpoint.weight(path), np.float32)
     for name, tensor in weights.split(path, weight, config, weights.Names()):
-      targets[name].copy_(torch.from_numpy(np.ascontiguousarray(tensor)))
+      targets[name].copy_(torch.from_numpy(np.array(tensor)))
       missing.discard(name)
   if missing:
     raise InputError(f"no weight was found for {sorted(missing)[0]!r}")

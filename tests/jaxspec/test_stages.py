@@ -210,7 +210,8 @@ def test_finish_against_plain_python():
   request = as_request(
       [GREEDY] * rows, [1] * rows, (), vocab=8, stops=2, biases=1)
   got_kept, got_done = stages.finish(
-      request.replace(limit=limit, stops=stops), length, emitted, kept)
+      request.replace(limit=jnp.asarray(limit), stops=jnp.asarray(stops)),
+      *map(jnp.asarray, (length, emitted, kept)))
   for row in range(rows):
     said = emitted[row, :min(kept[row], limit[row] - length[row])].tolist()
     end = next((i for i, t in enumerate(said) if t in stops[row]), None)
