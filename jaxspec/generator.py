@@ -210,7 +210,7 @@ class Generator:
           yield from answer.take(_View(state), 0)
         else:
           count = int(emission.count[0])
-          yield from answer.guess(np.asarray(emission.tokens)[0, :count])
+          yield from answer.guess(np.asarray(emission.tokens)[0, :count].tolist())
       with jax.set_mesh(self.mesh):
         self._state = loop.release(state, jnp.ones(self.rows, bool))
 

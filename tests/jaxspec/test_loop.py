@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa
 """The loop around the step: prefill, insert, decode, release, stream.
 
 Held here: refilled rows answer as fresh ones and disturb nobody; the host gets

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa
 """One step, stage by stage.
 
 Held here: after any round, whatever was accepted or rejected, the cache below
