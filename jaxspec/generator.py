@@ -210,7 +210,8 @@ class Generator:
           yield from answer.take(_View(state), 0)
         else:
           count = int(emission.count[0])
-          yield from answer.guess(np.asarray(emission.tokens)[0, :count].tolist())
+          drafted = np.asarray(emission.tokens)[0, :count].tolist()
+          yield from answer.guess(drafted)
       with jax.set_mesh(self.mesh):
         self._state = loop.release(state, jnp.ones(self.rows, bool))
 

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One contract for all drafters: they change the speed, never the text.
+
+Held here, in float32, for every file of `jaxspec/drafters`: greedy and sampled
+output is that of plain decoding, in every cache; rows are independent of each
+other and of how many there are; all steps run one trace. And since a test in
+which nothing is accepted proves nothing, each asserts how much was accepted.
+
+Drafters that exist only here probe the edges: an oracle that hides the truth
+in a late branch, one that is always wrong, one that proposes nothing but the
+end token, one whose nodes are mostly dead.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspec import drafters, loop
+from jaxspec.drafters.autoregressive import Autoregressive
+from jaxspec.profiling import count_compiles
+from jaxspec.tree import branching, chain, from_paths
+from tests.jaxspec import batches
+from tests.jaxspec.batches import GREEDY, SAMPLED, Scripted
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+# What to write behind a drafter's name here; nothing unless it is listed.
+SETTINGS = {"prompt_lookup": "length=4"}
+TOKENS = 40
+LONG = {
+    "greedy": dataclasses.replace(GREEDY, max_new_tokens=TOKENS),
+    "sampled": dataclasses.replace(SAMPLED, max_new_tokens=TOKENS)}
+PROMPTS = batches.prompts(4)
+EVERY = pytest.mark.parametrize("name", drafters.names())
+
+
+def make(name: str):
+  return drafters.parse(f"{name}:{SETTINGS.get(name, '')}")
+
+
+def options(law: str, rows: int = 4):
+  """One seed a row."""
+  return [dataclasses.replace(LONG[law], seed=10 + row)
+          for row in range(rows)]
+
+
+@pytest.fixture(scope="module")
+def plain(small):
+  return {law: batches.answers(batches.run(
+      small, Autoregressive(), PROMPTS, options(law), capacity=80))
+      for law in LONG}
+
+
+def test_plain_decoding_samples(plain):
+  """Else "sampled" would be a second "greedy"."""
+  assert plain["sampled"] != plain["greedy"]
+  assert all(len(a) == TOKENS for law in LONG for a in plain[law])
+
+
+@pytest.mark.parametrize("kind", batches.cache_kinds())
+@EVERY
+def test_text_is_that_of_plain_decoding(small, plain, name, kind):
+  drafter = make(name)
+  for law in LONG:
+    state = batches.run(small, drafter, PROMPTS, options(law), kind=kind,
+                        capacity=80)
+    assert batches.answers(state) == plain[law], law
+    assert (batches.accepted(state) > 0) == (drafter.height > 0), law
+    assert batches.accepted(state) <= batches.drafted(state)
+  batches.check_cache(small, state)
+
+
+@EVERY
+def test_rows_are_independent(small, plain, name):
+  """Of their place, of their neighbours, of how many there are."""
+  drafter, order = make(name), [2, 0, 3, 1]
+  state = batches.run(small, drafter, [PROMPTS[i] for i in order],
+                      [options("sampled")[i] for i in order], capacity=80)
+  assert batches.answers(state) == [plain["sampled"][i] for i in order]
+  together = np.asarray(state.counters.accepted)
+  for row in (0, 3):
+    alone = batches.run(small, drafter, [PROMPTS[row]],
+                        [options("sampled")[row]], capacity=80)
+    assert batches.answers(alone) == [plain["sampled"][row]]
+    # The drafts too are the same, not only what became of them.
+    np.testing.assert_array_equal(alone.counters.accepted[0],
+                                  together[order.index(row)])
+
+
+@EVERY
+def test_one_trace_for_all_steps(small, name):
+  drafter = make(name)
+  state = batches.begin(small, drafter, PROMPTS, options("greedy"),
+                        capacity=80)
+  state = batches.finish(small, drafter, state, steps=1)
+  traces = loop.decode._cache_size()
+  with count_compiles() as compiles:
+    for _ in range(3):
+      state = batches.finish(small, drafter, state, steps=2)
+    state = batches.refill(small, drafter, state, [3, 2, 1, 0], PROMPTS,
+                           options("sampled"))
+    state = batches.finish(small, drafter, state)
+  assert compiles.count == 0
+  assert loop.decode._cache_size() == traces
+
+
+LATE = branching((2, 2, 2))
+LATE_PATH = (2, 6, 14)
+SPARSE = from_paths([(0,), (1,), (2,), (0, 0), (2, 1), (2, 1, 0), (2, 1, 0, 0)])
+SPARSE_PATH = tuple(SPARSE.paths[SPARSE.size - 1][1:].tolist())
+
+
+@pytest.mark.parametrize("law", LONG)
+@pytest.mark.parametrize("tree, path", [(LATE, LATE_PATH),
+                                        (SPARSE, SPARSE_PATH)])
+def test_oracle_in_a_late_branch(small, plain, tree, path, law):
+  """It is right in the last branch alone, and must be believed there."""
+  drafter = Scripted(script(plain[law]), tree, path)
+  state = batches.run(small, drafter, PROMPTS, options(law), capacity=80)
+  assert batches.answers(state) == plain[law]
+  # Every pass takes the whole path and a token more; the limit cuts the last.
+  block = tree.height + 1
+  passes = -(-(TOKENS - 1) // block)
+  assert state.counters.passes.tolist() == [passes] * 4
+  assert batches.accepted(state) == 4 * (TOKENS - 1 - passes)
+  batches.check_cache(small, state)
+
+
+@pytest.mark.parametrize("law", LONG)
+def test_always_wrong(small, plain, law):
+  drafter = Scripted(script(plain[law]), LATE, LATE_PATH, shift=1)
+  state = batches.run(small, drafter, PROMPTS, options(law), capacity=80)
+  assert batches.answers(state) == plain[law]
+  assert batches.accepted(state) == 0
+  assert state.counters.passes.tolist() == [TOKENS - 1] * 4
+  assert batches.drafted(state) == 4 * (TOKENS - 1) * (LATE.size - 1)
+
+
+@pytest.mark.parametrize("law", LONG)
+def test_end_token_is_proposed_everywhere(small, plain, law):
+  """A drafter that wants to stop does not stop anyone too early."""
+  end = plain[law][0][12]
+  wanted = [a[:a.index(end) + 1] if end in a else a for a in plain[law]]
+  drafter = Scripted(script(plain[law]), chain(3), (1, 2, 3), token=end)
+  stopping = [dataclasses.replace(o, stop_token_ids=(end,))
+              for o in options(law)]
+  state = batches.run(small, drafter, PROMPTS, stopping, capacity=80)
+  assert batches.answers(state) == wanted
+  # It is right when the end comes, unless that comes with the prompt's pass.
+  assert batches.accepted(state) == sum(
+      a[-1] == end and len(a) > 1 for a in wanted) > 0
+
+
+def test_dead_nodes_are_never_accepted(small, plain):
+  """However right they are; and they are not counted as drafted."""
+  drafter = Scripted(script(plain["greedy"]), chain(3), (1, 2, 3), live=2)
+  state = batches.run(small, drafter, PROMPTS, options("greedy"), capacity=80)
+  assert batches.answers(state) == plain["greedy"]
+  passes = -(-(TOKENS - 1) // 2)                    # one accepted, one bonus
+  assert state.counters.passes.tolist() == [passes] * 4
+  assert batches.drafted(state) == 4 * passes
+  assert batches.accepted(state) == 4 * (TOKENS - 1 - passes)
+
+
+def script(answers):
+  """Answers as the script of a `Scripted`."""
+  return jnp.asarray(np.array(answers, np.int32))
