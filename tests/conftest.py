@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa
 """Eight CPU devices, no silent broadcasting, and a tiny model for all."""
 
 import os
