@@ -208,6 +208,7 @@ class Scripted:
     path: the nodes of `tree` that get the truth; all others get garbage.
     shift: added to every truth; 0 is an oracle, anything else always wrong.
     live: how many leading nodes are alive; 0 for all.
+    garbage: what all other nodes hold; -1 for this and that.
   """
 
   truth: Any
@@ -215,7 +216,7 @@ class Scripted:
   path: tuple[int, ...] = struct.field(pytree_node=False)
   shift: int = struct.field(pytree_node=False, default=0)
   live: int = struct.field(pytree_node=False, default=0)
-  token: int = struct.field(pytree_node=False, default=-1)
+  garbage: int = struct.field(pytree_node=False, default=-1)
   taps: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
   @property
@@ -234,9 +235,9 @@ class Scripted:
     depths = self.tree.depths[None]
     at = jnp.clip(ahead + depths - 1, 0, self.truth.shape[1] - 1)
     right = jnp.take_along_axis(self.truth, at, axis=1) + self.shift
-    if self.token >= 0:
-      right = jnp.full_like(right, self.token)
     wrong = right + 1 + jnp.arange(size)[None]
+    if self.garbage >= 0:
+      wrong = jnp.full_like(wrong, self.garbage)
     told = np.isin(np.arange(size), self.path)[None]
     tokens = jnp.where(told, right, wrong) % model.vocab
     tokens = jnp.concatenate([seq.tail(), tokens[:, 1:]], axis=1)

@@ -143,14 +143,18 @@ def test_end_token_is_proposed_everywhere(small, plain, law):
   """A drafter that wants to stop does not stop anyone too early."""
   end = plain[law][0][12]
   wanted = [a[:a.index(end) + 1] if end in a else a for a in plain[law]]
-  drafter = Scripted(script(plain[law]), chain(3), (1, 2, 3), token=end)
+  assert len(wanted[0]) > 6 and wanted[0][-1] == end
   stopping = [dataclasses.replace(o, stop_token_ids=(end,))
               for o in options(law)]
-  state = batches.run(small, drafter, PROMPTS, stopping, capacity=80)
-  assert batches.answers(state) == wanted
-  # It is right when the end comes, unless that comes with the prompt's pass.
-  assert batches.accepted(state) == sum(
-      a[-1] == end and len(a) > 1 for a in wanted) > 0
+  # End tokens alone; then end tokens beside and behind the truth.
+  for tree, path in ((chain(3), ()), (branching((2, 2, 1)), (2, 6))):
+    drafter = Scripted(script(plain[law]), tree, path, garbage=end)
+    state = batches.run(small, drafter, PROMPTS, stopping, capacity=80)
+    assert batches.answers(state) == wanted
+    # An end token is its pass's own token: what is accepted stands before.
+    accepted = np.asarray(state.counters.accepted).sum(axis=1)
+    assert (accepted > 0).tolist() == [bool(path) and len(a) > 2
+                                       for a in wanted]
 
 
 def test_dead_nodes_are_never_accepted(small, plain):

@@ -91,7 +91,6 @@ def test_nothing_found_is_nothing_alive(small):
 @pytest.mark.parametrize("text, words", [
     ("prompt_lookup:length=0", r"length must be an integer in \[1, 64\]"),
     ("prompt_lookup:length=65", "got 65"),
-    ("prompt_lookup:length=2.5", "got 2.5"),
     ("prompt_lookup:max_ngram=2,min_ngram=3", "max_ngram .* got 2"),
     ("prompt_lookup:lenght=3", "Did you mean 'length'"),
     ("prompt_lookup:length", "no option 'length'"),
