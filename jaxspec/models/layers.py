@@ -86,21 +86,27 @@ def linear(x: Float[Array, "B T *inner"], weight: Float[Array, "..."],
     is the faster one on XLA:CPU and free elsewhere, and which lets an
     embedding serve as the unembedding.
   """
-  dims = (tuple(range(x.ndim - contract, x.ndim)),
-          tuple(range(weight.ndim - contract, weight.ndim)))
+  # A plain matrix product: XLA may want a weight of more dimensions in another
+  # layout, and then copies it at every call.
+  batch, outer = x.shape[:x.ndim - contract], weight.shape[:-contract]
+  inner = math.prod(weight.shape[-contract:])
+  matrix = weight.reshape(-1, inner)
   precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
   def dot(x):
-    return lax.dot_general(x, weight, (dims, ((), ())), precision=precision,
+    return lax.dot_general(x, matrix, (((1,), (1,)), ((), ())),
+                           precision=precision,
                            preferred_element_type=jnp.float32)
 
-  if math.prod(x.shape[:x.ndim - contract]) > 1 or x.dtype == jnp.float32:
-    return dot(x)
-  # XLA:CPU has no one-row kernel for bfloat16: it would convert the whole
-  # weight to float32 first. Two rows are three times as fast as one.
-  return lax.platform_dependent(
-      x, cpu=lambda x: dot(jnp.concatenate([x, x], axis=1))[:, :1],
-      default=dot)
+  x = x.reshape(-1, inner)
+  if len(x) == 1 and x.dtype != jnp.float32:
+    # XLA:CPU has no one-row kernel for bfloat16: it would convert the whole
+    # weight to float32 first. Two rows are many times as fast as one.
+    y = lax.platform_dependent(
+        x, cpu=lambda x: dot(jnp.concatenate([x, x]))[:1], default=dot)
+  else:
+    y = dot(x)
+  return y.reshape(*batch, *outer)
 
 
 ACTIVATIONS = {

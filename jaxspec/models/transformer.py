@@ -127,8 +127,10 @@ class Block(nnx.Module):
       self.down = weight("down", (c.experts, c.width, c.mlp),
                          ("experts", None, "mlp"))
     else:
-      self.gate_up = weight("gate_up", (2, c.mlp, c.width),
-                            (None, "mlp", None))
+      # Two weights: fused, they would be one dimension that cannot be split
+      # over a mesh, or two, which XLA:CPU transposes at every call.
+      self.gate = weight("gate", (c.mlp, c.width), ("mlp", None))
+      self.up = weight("up", (c.mlp, c.width), ("mlp", None))
       self.down = weight("down", (c.width, c.mlp), (None, "mlp"))
 
 
@@ -233,10 +235,8 @@ class Transformer(nnx.Module):
         layer, q.reshape(rows, tokens, c.heads, c.head_size), fresh, at,
         scale=c.scale, window=c.windows[layer],
         logits_soft_cap=c.attention_cap)
-    # Heads as one dimension: a dot over three would be given its weight in a
-    # layout of its own, copied at every call.
-    out = block.out[...].reshape(c.width, -1)
-    return layers.linear(y.reshape(rows, tokens, -1), out), fresh
+    return layers.linear(y.reshape(rows, tokens, c.kv_heads, -1, c.head_size),
+                         block.out[...], contract=3), fresh
 
   def _mlp(self, block, x):
     c = self.config
@@ -245,9 +245,9 @@ class Transformer(nnx.Module):
           x, block.router[...], block.gate_up[...], block.down[...],
           per_token=c.experts_per_token, normalize=c.normalize_experts,
           activation=c.activation)
-    hidden = layers.linear(x, block.gate_up[...])          # [B T 2 F]
-    hidden = (layers.ACTIVATIONS[c.activation](hidden[..., 0, :])
-              * hidden[..., 1, :]).astype(x.dtype)
+    gate = layers.ACTIVATIONS[c.activation](
+        layers.linear(x, block.gate[...]))                 # [B T F]
+    hidden = (gate * layers.linear(x, block.up[...])).astype(x.dtype)
     hidden = sharding.constrain(hidden, "rows", None, "mlp")
     return layers.linear(hidden, block.down[...])
 

@@ -98,7 +98,9 @@ def shapes(config: Config) -> dict[str, Shape]:
     if config.experts:
       each = (config.experts,)
       layer["router"] = (config.experts, width)
-    layer["gate_up"] = (*each, 2, config.mlp, width)
+      layer["gate_up"] = (config.experts, 2, config.mlp, width)
+    else:
+      layer["gate"] = layer["up"] = (config.mlp, width)
     layer["down"] = (*each, width, config.mlp)
     if config.post_norms:
       layer["post_mlp_norm"] = (width,)
@@ -153,11 +155,8 @@ def pieces(
     return whole(config.experts, width)
   if part in ("gate_up", "down") and config.experts:
     return _experts(part, i, config, names, has or (lambda name: False))
-  if part == "gate_up":
-    return [
-        Piece(names.full("gate", i), (mlp, width), 0),
-        Piece(names.full("up", i), (mlp, width), 1),
-    ]
+  if part in ("gate", "up"):
+    return whole(mlp, width)
   return whole(*((width, mlp) if part == "down" else (config.vocab, width)))
 
 

@@ -39,7 +39,7 @@ def test_weights_are_assembled(folder):
   np.testing.assert_array_equal(qkv[:, 2], k)
   np.testing.assert_array_equal(qkv[:, 3], v)
   np.testing.assert_array_equal(
-      checkpoint.weight("layers.0.gate_up")[1],
+      checkpoint.weight("layers.0.up"),
       tensors["model.layers.0.mlp.up_proj.weight"],
   )
   assert checkpoint.weight("layers.0.out").shape == (32, 2, 2, 8)
