@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa
 """The loop around the step: prefill, insert, decode, release, stream.
 
 Held here: refilled rows answer as fresh ones and disturb nobody; the host gets
@@ -118,7 +117,8 @@ def test_stream_replayed_equals_decode(small, plain, oracle):
   texts = batches.texts_of(state)
   shown = [list(text) for text in texts]
   flags, wrong = [], 0
-  for emission, state in loop.stream(small, oracle, exact, state):
+  for emission, after in loop.stream(small, oracle, exact, state):
+    state = after
     flags.append(emission.settled)
     start, tokens, count = jax.device_get(
         (emission.start, emission.tokens, emission.count))
@@ -146,7 +146,7 @@ def test_stream_replayed_equals_decode(small, plain, oracle):
 def test_plain_decoding_streams_settled_text_alone(small, plain):
   state = batches.begin(small, Autoregressive(), PROMPTS, OPTIONS)
   told = [[answer[0]] for answer in batches.answers(plain)]
-  for emission, state in loop.stream(small, Autoregressive(), exact, state):
+  for emission, _ in loop.stream(small, Autoregressive(), exact, state):
     assert emission.settled
     for row, n in enumerate(emission.count.tolist()):
       told[row] += emission.tokens[row, :n].tolist()

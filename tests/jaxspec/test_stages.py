@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa
 """One step, stage by stage.
 
 Held here: after any round, whatever was accepted or rejected, the cache below
@@ -182,7 +181,7 @@ def test_features_are_the_residual_stream(small, plain):
 
 
 def test_a_head_start_changes_nothing(small, plain):
-  """Layers a proposal has been through are not walked twice, nor differently."""
+  """Layers that a proposal has been through are not walked twice."""
   drafter = Scripted(batches.truth(plain), LATE, LAST)
   state = batches.begin(small, drafter, PROMPTS, MIXED)
   proposal, _ = drafter.propose(small, state.seq, state.request, ())
