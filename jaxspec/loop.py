@@ -149,7 +149,8 @@ def insert(model: Model, drafter: Drafter, verifier: Verifier,
   text = stages.write(fit(prefix.tokens), first, length, one)
   logprobs = stages.write(
       jnp.zeros((len(length), capacity), jnp.float32),
-      sampling.log_probability(logits, first), length, one)
+      sampling.log_probability(logits, jnp.zeros_like(first), first), length,
+      one)
 
   def put(batch, new):
     return jax.tree.map(lambda b, n: b.at[rows].set(n, mode="drop"),

@@ -79,22 +79,30 @@ def warp(logits: Float[Array, "B N V"], sampling: Sampling,
     warp costs nothing in a step where no row asks for it.
   """
   logits = logits.astype(jnp.float32)
-  logits = lax.cond(jnp.any(sampling.bias_ids >= 0), _add_bias,
-                    lambda x, _: x, logits, sampling)
-  penalised = ((sampling.repetition != 1) | (sampling.presence != 0)
-               | (sampling.frequency != 0))
-  logits = lax.cond(jnp.any(penalised), _penalise,
-                    lambda x, *_: x, logits, sampling, history)
-  temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1)
-  logits = logits / temperature[:, None, None]
-  vocab = logits.shape[-1]
   sampled = sampling.temperature > 0
-  cuts = ((sampling.top_k > 0) & (sampling.top_k < vocab)
-          | (sampling.top_p < 1) | (sampling.min_p > 0))
-  return lax.cond(
-      jnp.any(sampled & cuts),
-      lambda x: _by_node(lambda node: _cut(node, sampling), x),
-      lambda x: x, logits)
+  biased = jnp.any(sampling.bias_ids >= 0)
+  penalised = jnp.any((sampling.repetition != 1) | (sampling.presence != 0)
+                      | (sampling.frequency != 0))
+  cut = jnp.any(sampled & (
+      (sampling.top_k > 0) & (sampling.top_k < logits.shape[-1])
+      | (sampling.top_p < 1) | (sampling.min_p > 0)))
+
+  def warped(logits):
+    said = _counts(history, penalised, logits.shape[-1])
+
+    def node(logits, nodes):
+      logits = lax.cond(biased, _add_bias, lambda x, _: x, logits, sampling)
+      logits = lax.cond(penalised, _penalise, lambda x, *_: x, logits, nodes,
+                        sampling, history, said)
+      logits = logits / jnp.where(sampled, sampling.temperature,
+                                  1)[:, None, None]
+      return lax.cond(cut, _cut, lambda x, _: x, logits, sampling)
+
+    index = jnp.arange(logits.shape[1])[None]
+    return _by_node(node, logits, jnp.broadcast_to(index, logits.shape[:2]))
+
+  return lax.cond(biased | penalised | jnp.any(sampled), warped,
+                  lambda logits: logits, logits)
 
 
 def draw(logits: Float[Array, "B N V"], sampling: Sampling,
@@ -128,12 +136,12 @@ def gumbel(key: Key[Array, "B"], positions: Int[Array, "B N"],
   return sharding.constrain(noise, "rows", None, "vocab")
 
 
-def log_probability(logits: Float[Array, "B N V"],
-                    tokens: Int[Array, "B N"]) -> Float[Array, "B N"]:
-  """Log-probability of a token at each node under the model itself."""
-  logits = logits.astype(jnp.float32)
-  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-  return chosen - jax.nn.logsumexp(logits, axis=-1)
+def log_probability(logits: Float[Array, "B N V"], nodes: Int[Array, "B P"],
+                    tokens: Int[Array, "B P"]) -> Float[Array, "B P"]:
+  """Log-probability of a token behind each node, under the model itself."""
+  rows = jnp.arange(len(logits))[:, None]
+  total = jax.nn.logsumexp(logits, axis=-1)                        # [B N]
+  return logits[rows, nodes, tokens] - total[rows, nodes]
 
 
 def _by_node(function, *arrays):
@@ -163,36 +171,38 @@ def _add_bias(logits, sampling):
   return logits + jax.vmap(row)(sampling.bias_ids, sampling.bias)[:, None]
 
 
-def _penalise(logits, sampling, history):
-  """Repetition (CTRL, arXiv:1909.05858) over prompt and answer; presence and
-  frequency (OpenAI's definition) over the answer alone."""
-  vocab = logits.shape[-1]
-
-  def count(tokens, weights):
-    return jax.vmap(lambda t, w: jnp.zeros(vocab, jnp.int32).at[t].add(w))(
-        tokens, weights.astype(jnp.int32))
-
+def _counts(history, wanted, vocab):
+  """How often each token stands in the prompt and in the answer, `[B V]`."""
   slot = jnp.arange(history.tokens.shape[1])[None]
   in_prompt = slot < history.prompt_length[:, None]
-  in_text = slot < history.length[:, None]
-  prompt = count(history.tokens, in_prompt)                       # [B V]
-  answer = count(history.tokens, in_text & ~in_prompt)
-  on_path = history.mask.at[:, 0].set(False)                      # [N N]
-  on_path = jnp.broadcast_to(on_path[None],
-                             (len(prompt), *on_path.shape))
+  in_answer = (slot < history.length[:, None]) & ~in_prompt
+  none = jnp.zeros((len(history.tokens), vocab), jnp.int32)
+  return lax.cond(
+      wanted, lambda: (_count(history.tokens, in_prompt, vocab),
+                       _count(history.tokens, in_answer, vocab)),
+      lambda: (none, none))
 
-  def node(logits, on_path):                         # [B 1 V] and [B 1 N]
-    said = (answer + count(history.nodes, on_path[:, 0]))[:, None]
-    factor = jnp.where(logits > 0, 1 / per_row(sampling.repetition),
-                       per_row(sampling.repetition))
-    logits = jnp.where((prompt[:, None] + said) > 0, logits * factor, logits)
-    return (logits - per_row(sampling.frequency) * said
-            - per_row(sampling.presence) * (said > 0))
 
+def _count(tokens, which, vocab):
+  return jax.vmap(lambda t, w: jnp.zeros(vocab, jnp.int32).at[t].add(w))(
+      tokens, which.astype(jnp.int32))
+
+
+def _penalise(logits, node, sampling, history, counts):
+  """Repetition (CTRL, arXiv:1909.05858) over prompt and answer; presence and
+  frequency (OpenAI's definition) over the answer alone."""
   def per_row(values):
     return values[:, None, None]
 
-  return _by_node(node, logits, on_path)
+  prompt, answer = counts
+  on_path = history.mask.at[:, 0].set(False)[node[:, 0]]           # [B N]
+  said = answer + _count(history.nodes, on_path, logits.shape[-1])
+  prompt, said = prompt[:, None], said[:, None]
+  factor = jnp.where(logits > 0, 1 / per_row(sampling.repetition),
+                     per_row(sampling.repetition))
+  logits = jnp.where(prompt + said > 0, logits * factor, logits)
+  return (logits - per_row(sampling.frequency) * said
+          - per_row(sampling.presence) * (said > 0))
 
 
 def _cut(logits, sampling):

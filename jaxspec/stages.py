@@ -150,8 +150,7 @@ def record(state: DecodeState, logits: Float[Array, "B N V"],
            kept: Int[Array, "B"]) -> Float[Array, "B C"]:
   """Notes the model's log-probability of every committed token."""
   def noted(buffer):
-    at_path = jnp.take_along_axis(logits, path[..., None], axis=1)
-    return write(buffer, sampling.log_probability(at_path, emitted),
+    return write(buffer, sampling.log_probability(logits, path, emitted),
                  state.seq.length, kept)
   return jax.lax.cond(jnp.any(state.request.wants_logprobs), noted,
                       lambda buffer: buffer, state.logprobs)

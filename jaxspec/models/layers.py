@@ -74,23 +74,18 @@ def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, "D"],
   return (y * weight).astype(x.dtype)
 
 
-def linear(x: Float[Array, "B T *inner"], weight: Float[Array, "..."],
-           contract: int = 1) -> Float[Array, "B T *outer"]:
-  """`x` times a weight stored `[outer..., inner...]`, summed in float32.
+def linear(x: Float[Array, "*batch D"], weight: Float[Array, "*outer D"]
+           ) -> Float[Array, "..."]:
+  """`x` times a weight: `[batch..., outer...]`, summed in float32.
 
-  Args:
-    contract: how many trailing dimensions are summed over.
-
-  Returns:
-    Float32. Weights keep their outputs first, the order of checkpoints, which
-    is the faster one on XLA:CPU and free elsewhere, and which lets an
-    embedding serve as the unembedding.
+  Weights keep their outputs first, the order of checkpoints, which is the
+  faster one on XLA:CPU and free elsewhere, and which lets an embedding serve
+  as the unembedding.
   """
   # A plain matrix product: XLA may want a weight of more dimensions in another
   # layout, and then copies it at every call.
-  batch, outer = x.shape[:x.ndim - contract], weight.shape[:-contract]
-  inner = math.prod(weight.shape[-contract:])
-  matrix = weight.reshape(-1, inner)
+  shape = (*x.shape[:-1], *weight.shape[:-1])
+  matrix = weight.reshape(-1, weight.shape[-1])
   precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
   def dot(x):
@@ -98,7 +93,7 @@ def linear(x: Float[Array, "B T *inner"], weight: Float[Array, "..."],
                            precision=precision,
                            preferred_element_type=jnp.float32)
 
-  x = x.reshape(-1, inner)
+  x = x.reshape(-1, x.shape[-1])
   if len(x) == 1 and x.dtype != jnp.float32:
     # XLA:CPU has no one-row kernel for bfloat16: it would convert the whole
     # weight to float32 first. Two rows are many times as fast as one.
@@ -106,7 +101,7 @@ def linear(x: Float[Array, "B T *inner"], weight: Float[Array, "..."],
         x, cpu=lambda x: dot(jnp.concatenate([x, x]))[:1], default=dot)
   else:
     y = dot(x)
-  return y.reshape(*batch, *outer)
+  return y.reshape(shape)
 
 
 ACTIVATIONS = {

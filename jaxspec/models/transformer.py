@@ -113,9 +113,10 @@ class Block(nnx.Module):
     if c.qk_norm:
       self.q_norm = norm("q_norm", c.head_size)
       self.k_norm = norm("k_norm", c.head_size)
-    self.out = weight(
-        "out", (c.width, c.kv_heads, c.queries_per_kv, c.head_size),
-        (None, "kv_heads", None, None))
+    # Heads are one dimension here: apart, they would be tiled for a TPU in
+    # another way than a matrix product wants them, and copied at every call.
+    self.out = weight("out", (c.width, c.heads * c.head_size),
+                      (None, "kv_heads"))
     self.mlp_norm = norm("mlp_norm")
     if c.post_norms:
       self.post_attn_norm = norm("post_attn_norm")
@@ -235,8 +236,7 @@ class Transformer(nnx.Module):
         layer, q.reshape(rows, tokens, c.heads, c.head_size), fresh, at,
         scale=c.scale, window=c.windows[layer],
         logits_soft_cap=c.attention_cap)
-    return layers.linear(y.reshape(rows, tokens, c.kv_heads, -1, c.head_size),
-                         block.out[...], contract=3), fresh
+    return layers.linear(y.reshape(rows, tokens, -1), block.out[...]), fresh
 
   def _mlp(self, block, x):
     c = self.config
@@ -266,8 +266,7 @@ def random_source(seed: int, dtype: Any = jnp.float32, scale: float = 1.0,
     if name.endswith("norm"):
       value = 1 + 0.1 * rng.standard_normal(shape)
     else:
-      fan_in = math.prod(shape[1:]) if name == "out" else shape[-1]
-      value = rng.standard_normal(shape) * scale / math.sqrt(fan_in)
+      value = rng.standard_normal(shape) * scale / math.sqrt(shape[-1])
     value = value.astype(np.float32).astype(wanted or dtype)
     return put(value, axes) if put else jnp.asarray(value)
   return source

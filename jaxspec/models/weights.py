@@ -90,7 +90,7 @@ def shapes(config: Config) -> dict[str, Shape]:
       layer["qkv_bias"] = (kv, rows, size)
     if config.qk_norm:
       layer["q_norm"] = layer["k_norm"] = (size,)
-    layer["out"] = (width, kv, rows - 2, size)
+    layer["out"] = (width, kv * (rows - 2) * size)
     if config.post_norms:
       layer["post_attn_norm"] = (width,)
     layer["mlp_norm"] = (width,)

@@ -42,7 +42,7 @@ def test_weights_are_assembled(folder):
       checkpoint.weight("layers.0.up"),
       tensors["model.layers.0.mlp.up_proj.weight"],
   )
-  assert checkpoint.weight("layers.0.out").shape == (32, 2, 2, 8)
+  assert checkpoint.weight("layers.0.out").shape == (32, 32)
   assert checkpoint.eos_ids == (261, 262)
   assert checkpoint.tokenizer.bos_id == 261
 
