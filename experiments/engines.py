@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa
 """Decoders that are timed against each other, each in a process of its own.
 
   python -m experiments.engines '{"engine": "jaxspec", "rows": 1, ...}'
