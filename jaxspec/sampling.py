@@ -90,16 +90,18 @@ def warp(logits: Float[Array, "B N V"], sampling: Sampling,
   def warped(logits):
     said = _counts(history, penalised, logits.shape[-1])
 
-    def node(logits, nodes):
-      logits = lax.cond(biased, _add_bias, lambda x, _: x, logits, sampling)
-      logits = lax.cond(penalised, _penalise, lambda x, *_: x, logits, nodes,
-                        sampling, history, said)
-      logits = logits / jnp.where(sampled, sampling.temperature,
-                                  1)[:, None, None]
-      return lax.cond(cut, _cut, lambda x, _: x, logits, sampling)
+    def node(n, all_nodes):
+      x = lax.dynamic_slice_in_dim(all_nodes, n, 1, axis=1)
+      x = lax.cond(biased, _add_bias, lambda x, _: x, x, sampling)
+      x = lax.cond(penalised, _penalise, lambda x, *_: x, x, n, sampling,
+                   history, said)
+      x = x / jnp.where(sampled, sampling.temperature, 1)[:, None, None]
+      x = lax.cond(cut, _cut, lambda x, _: x, x, sampling)
+      return lax.dynamic_update_slice_in_dim(all_nodes, x, n, axis=1)
 
-    index = jnp.arange(logits.shape[1])[None]
-    return _by_node(node, logits, jnp.broadcast_to(index, logits.shape[:2]))
+    # One node after another: a threshold needs many temporaries as large as
+    # its logits, and N of each would be more than a step needs otherwise.
+    return lax.fori_loop(0, logits.shape[1], node, logits)
 
   return lax.cond(biased | penalised | jnp.any(sampled), warped,
                   lambda logits: logits, logits)
@@ -117,11 +119,14 @@ def draw(logits: Float[Array, "B N V"], sampling: Sampling,
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
   def noisy(logits, sampling, positions):
-    def node(logits, positions):
+    # One node after another; noise is as large as the logits.
+    def node(n):
+      x, at = (lax.dynamic_slice_in_dim(a, n, 1, axis=1)
+               for a in (logits, positions))
       noise = jnp.where(sampling.temperature[:, None, None] > 0,
-                        gumbel(sampling.key, positions, logits.shape[-1]), 0.0)
-      return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
-    return _by_node(node, logits, positions)
+                        gumbel(sampling.key, at, x.shape[-1]), 0.0)
+      return jnp.argmax(x + noise, axis=-1)[:, 0].astype(jnp.int32)
+    return lax.map(node, jnp.arange(logits.shape[1])).T
 
   return lax.cond(jnp.any(sampling.temperature > 0), noisy, greedy,
                   logits, sampling, positions)
@@ -142,23 +147,6 @@ def log_probability(logits: Float[Array, "B N V"], nodes: Int[Array, "B P"],
   rows = jnp.arange(len(logits))[:, None]
   total = jax.nn.logsumexp(logits, axis=-1)                        # [B N]
   return logits[rows, nodes, tokens] - total[rows, nodes]
-
-
-def _by_node(function, *arrays):
-  """`function` of arrays [B N ...], one node after another.
-
-  Noise and thresholds need many temporaries as large as the logits; N of each
-  at a time would be more memory than a step has otherwise.
-  """
-  nodes = arrays[0].shape[1]
-  if nodes == 1:
-    return function(*arrays)
-
-  def at(n):
-    return function(*(lax.dynamic_slice_in_dim(a, n, 1, axis=1)
-                      for a in arrays))[:, 0]
-
-  return jnp.moveaxis(lax.map(at, jnp.arange(nodes)), 0, 1)
 
 
 def _add_bias(logits, sampling):
@@ -195,7 +183,8 @@ def _penalise(logits, node, sampling, history, counts):
     return values[:, None, None]
 
   prompt, answer = counts
-  on_path = history.mask.at[:, 0].set(False)[node[:, 0]]           # [B N]
+  on_path = history.mask.at[:, 0].set(False)[node]                   # [N]
+  on_path = jnp.broadcast_to(on_path[None], history.nodes.shape)
   said = answer + _count(history.nodes, on_path, logits.shape[-1])
   prompt, said = prompt[:, None], said[:, None]
   factor = jnp.where(logits > 0, 1 / per_row(sampling.repetition),

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `decode` needs beside weights and caches: next to nothing.
+
+Programs are compiled from shapes alone. The state is donated, so that all of
+it must come back in the same memory; and temporaries stay below two percent of
+weights and caches, which leaves no room for a copy of a cache, nor of the
+weights of a tenth of the layers. That holds the decision of how layers are
+stored (`jaxspec/models/transformer.py`).
+"""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxspec import drafters, loop, sharding
+from jaxspec.models.layers import Rope
+from jaxspec.models.transformer import Config, Transformer, abstract_source
+from jaxspec.verifiers.exact import exact
+from tests.jaxspec import batches
+
+SHARE = 0.02
+
+
+def llama(depth: int, vocab: int, width: int, heads: int, kv_heads: int,
+          mlp: int, tied: bool) -> Config:
+  return Config(
+      family="llama", vocab=vocab, width=width, depth=depth, heads=heads,
+      kv_heads=kv_heads, head_size=width // heads, mlp=mlp, tied=tied,
+      ropes=(Rope(1e5),) * depth, windows=(None,) * depth, context=8192)
+
+
+SMOLLM2 = functools.partial(llama, vocab=49152, width=576, heads=9, kv_heads=3,
+                            mlp=1536, tied=True)
+LLAMA_3_8B = functools.partial(llama, vocab=128256, width=4096, heads=32,
+                               kv_heads=8, mlp=14336, tied=False)
+
+
+def compile_decode(config: Config, drafter: str, *, rows: int, capacity: int,
+                   dtype, mesh, kind: str = "contiguous"):
+  """The compiled loop, and how many bytes its state has on a device."""
+  drafter = drafters.parse(drafter)
+  model = Transformer(config, abstract_source(dtype, mesh))
+
+  def make():
+    cache = model.init_cache(batches.cache_kind(kind), rows, capacity, dtype)
+    return loop.init(model, drafter, cache, capacity=capacity, stops=16,
+                     biases=64)
+
+  with jax.set_mesh(mesh):
+    placed = jax.jit(make).lower().compile().output_shardings
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(make), placed)
+    def scalar(dtype):
+      return jax.ShapeDtypeStruct(
+          (), dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    compiled = loop.decode.lower(model, drafter, exact, state,
+                                 scalar(jnp.int32), scalar(bool)).compile()
+  return compiled, sum(map(_bytes_on_a_device, jax.tree.leaves(state)))
+
+
+def _bytes_on_a_device(x: jax.ShapeDtypeStruct) -> int:
+  count = 1
+  for size in x.sharding.shard_shape(x.shape):
+    count *= size
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    return 8 * count
+  return x.dtype.itemsize * count
+
+
+def check(compiled, state_bytes: int) -> None:
+  memory = compiled.memory_analysis()
+  # All of the state comes back where it was; a TPU pads small arrays.
+  assert memory.alias_size_in_bytes >= state_bytes
+  assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 4096
+  share = memory.temp_size_in_bytes / memory.argument_size_in_bytes
+  print(f"temporaries {memory.temp_size_in_bytes / 1e6:.1f} MB, "
+        f"{100 * share:.2f} % of {memory.argument_size_in_bytes / 1e6:.0f} MB")
+  assert share < SHARE
+
+
+@pytest.mark.parametrize("drafter, kind", [
+    ("autoregressive", "contiguous"),
+    *(("prompt_lookup", kind) for kind in batches.cache_kinds())])
+def test_smollm2_on_a_cpu(drafter, kind):
+  check(*compile_decode(
+      SMOLLM2(depth=30), drafter, rows=2, capacity=2048, dtype=jnp.float32,
+      mesh=sharding.make_mesh(), kind=kind))
+
+
+@pytest.fixture(scope="module")
+def v5e():
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("pip install jax[tpu] for the TPU compiler")
+  # Programs compiled for a device that is not there cannot be read back.
+  cache = jax.config.jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)
+  topology = topologies.get_topology_desc(platform="tpu",
+                                          topology_name="v5e:2x2")
+  yield sharding.make_mesh({"tensor": 4}, topology.devices)
+  jax.config.update("jax_enable_compilation_cache", cache)
+
+
+@pytest.mark.parametrize("drafter", [
+    "prompt_lookup", pytest.param("autoregressive", marks=pytest.mark.slow)])
+def test_llama_3_8b_on_four_v5e(v5e, drafter):
+  check(*compile_decode(LLAMA_3_8B(depth=32), drafter, rows=8, capacity=2048,
+                        dtype=jnp.bfloat16, mesh=v5e))
+
+
+def test_a_copied_cache_would_be_seen(v5e, monkeypatch):
+  """The measure works: caches that are copied, layer by layer, fail it."""
+  def copied(buffer, values, slots):
+    values = jnp.moveaxis(values, 1, 2).astype(buffer.dtype)
+    return jax.vmap(lambda b, v, s: b.at[:, s].set(v, mode="drop"))(
+        buffer, values, slots)
+
+  monkeypatch.setattr("jaxspec.caches.contiguous.write_slots", copied)
+  jax.clear_caches()                     # else the sound one is found there
+  try:
+    compiled, size = compile_decode(
+        LLAMA_3_8B(depth=2), "autoregressive", rows=8, capacity=2048,
+        dtype=jnp.bfloat16, mesh=v5e)
+  finally:
+    monkeypatch.undo()
+    jax.clear_caches()
+  with pytest.raises(AssertionError):
+    check(compiled, size)
