@@ -120,13 +120,15 @@ def draw(logits: Float[Array, "B N V"], sampling: Sampling,
 
   def noisy(logits, sampling, positions):
     # One node after another; noise is as large as the logits.
-    def node(n):
+    def node(n, samples):
       x, at = (lax.dynamic_slice_in_dim(a, n, 1, axis=1)
                for a in (logits, positions))
       noise = jnp.where(sampling.temperature[:, None, None] > 0,
                         gumbel(sampling.key, at, x.shape[-1]), 0.0)
-      return jnp.argmax(x + noise, axis=-1)[:, 0].astype(jnp.int32)
-    return lax.map(node, jnp.arange(logits.shape[1])).T
+      sample = jnp.argmax(x + noise, axis=-1).astype(jnp.int32)
+      return lax.dynamic_update_slice_in_dim(samples, sample, n, axis=1)
+    return lax.fori_loop(0, logits.shape[1], node,
+                         jnp.zeros(positions.shape, jnp.int32))
 
   return lax.cond(jnp.any(sampling.temperature > 0), noisy, greedy,
                   logits, sampling, positions)
