@@ -21,7 +21,8 @@ class Completion:
       one.
     text: the answer without what ended it.
     token_ids: the answer's tokens, an end token included.
-    finish_reason: "stop" (an end token or stop string) or "length".
+    finish_reason: "stop" (an end token or stop string), "length" (as many
+      tokens as were asked for) or "capacity" (no more room in the cache).
     logprobs: log-probability of each token under the model, before any warp;
       None unless asked for.
     stats: counts and times.
@@ -151,7 +152,11 @@ class Answer:
     stats.wall_seconds = now - self._asked
     start = view.prompt_length[row]
     logprobs = view.logprobs[row, start:start + kept].tolist()
-    stopped = cut is not None or ids[-1] in self._stops
+    if cut is not None or ids[-1] in self._stops:
+      reason = "stop"
+    else:
+      full = kept < self.options.max_new_tokens
+      reason = "capacity" if full else "length"
     self.completion = Completion(
-        self.prompt, self._text, ids[:kept], "stop" if stopped else "length",
+        self.prompt, self._text, ids[:kept], reason,
         logprobs if self.options.logprobs else None, stats)

@@ -7,7 +7,7 @@
 """
 
 import contextlib
-import importlib
+import functools
 import time
 import types
 from collections import deque
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import drafters, loop, sharding, verifiers
+from jaxspec import caches, drafters, loop, sharding, verifiers
 from jaxspec.answers import Answer, Completion, TextEvent
 from jaxspec.base import DecodeState, Drafter, Verifier
 from jaxspec.errors import InputError, nearest
@@ -58,7 +58,8 @@ class Generator:
       drafter: a drafter, or text for `drafters.parse`.
       verifier: a verifier, or the name of a file in `jaxspec/verifiers`.
       capacity: None takes 2048, or the model's context where that is shorter.
-      cache: the name of a file in `jaxspec/caches`.
+      cache: text for `caches.parse`, e.g. `paged:page=64,pages=100`. Prompts
+        wait where a cache has no room for them yet.
       cache_dtype: of keys and values. None takes the model's own, but float32
         on a CPU, where XLA converts a whole bfloat16 cache to write a row.
       mesh: where the model lies.
@@ -88,13 +89,17 @@ class Generator:
       on_cpu = self.mesh.devices.flat[0].platform == "cpu"
       cache_dtype = "float32" if on_cpu else model.embedding[...].dtype.name
     self.cache_dtype = jnp.dtype(cache_dtype)
-    kind = _cache_kind(cache)
+    kind, options = caches.parse(cache)
+    new_cache = functools.partial(
+        model.init_cache, kind, rows, self.capacity, self.cache_dtype,
+        **options)
+    # Refuses sizes that do not fit, before anything is compiled.
+    jax.eval_shape(lambda: jax.tree.leaves(new_cache()))
     self._buckets = _buckets(self.capacity)
     self._busy = False
     self._init = jax.jit(lambda: loop.init(
-        self.model, self.drafter,
-        self.model.init_cache(kind, rows, self.capacity, self.cache_dtype),
-        capacity=self.capacity, stops=_STOPS, biases=_BIASES))
+        self.model, self.drafter, new_cache(), capacity=self.capacity,
+        stops=_STOPS, biases=_BIASES))
     self._state: DecodeState | None = None
 
   @classmethod
@@ -182,7 +187,7 @@ class Generator:
                                              for a in active)
         state = loop.decode(
             self.model, self.drafter, self.verifier, state,
-            jnp.int32(16 if watched else 2**30), jnp.bool_(not waiting))
+            np.int32(16 if watched else 2**30), np.bool_(not waiting))
         state = self._collect(state, active, finished, on_completion, on_text)
       self._state = state
     return [finished[i] for i in range(len(finished))]
@@ -213,7 +218,7 @@ class Generator:
           drafted = np.asarray(emission.tokens)[0, :count].tolist()
           yield from answer.guess(drafted)
       with jax.set_mesh(self.mesh):
-        self._state = loop.release(state, jnp.ones(self.rows, bool))
+        self._state = loop.release(state, np.ones(self.rows, bool))
 
   @contextlib.contextmanager
   def _batch(self) -> Iterator[None]:
@@ -250,6 +255,9 @@ class Generator:
             f"prompt {index} of {len(ids)} tokens + max_new_tokens "
             f"{option.max_new_tokens} exceeds the capacity {self.capacity}; "
             f"shorten by {over}, or raise capacity")
+      if option.stop and self.tokenizer is None:
+        raise InputError(f"prompt {index}: stop strings need a tokenizer and "
+                         "the checkpoint has none; use stop_token_ids")
       as_request([option], [len(ids)], self.eos_ids, vocab=self.config.vocab,
                  stops=_STOPS, biases=_BIASES)
       answers.append(Answer(index, text, ids, option, self.tokenizer,
@@ -287,7 +295,11 @@ class Generator:
 
   def _fill(self, state: DecodeState, active: list[Answer | None],
             waiting: deque[Answer]) -> DecodeState:
-    """Moves waiting prompts into free rows, those of one bucket together."""
+    """Moves waiting prompts into free rows, those of one bucket together.
+
+    The first for which the cache has no room waits, and all behind it: in an
+    empty cache there is room for any.
+    """
     free = [row for row, answer in enumerate(active) if answer is None]
     while free and waiting:
       bucket = self._bucket(waiting[0])
@@ -295,6 +307,17 @@ class Generator:
       while waiting and len(group) < len(free) and (
           self._bucket(waiting[0]) == bucket):
         group.append(waiting.popleft())
+      # The last token's keys are never written.
+      longest = [len(a.prompt_ids) + a.options.max_new_tokens - 1
+                 for a in group]
+      room = state.seq.cache.fits(longest)
+      if room < len(group):
+        state = loop.release(state, np.isin(np.arange(self.rows), free))
+        room = state.seq.cache.fits(longest)
+      waiting.extendleft(reversed(group[room:]))
+      group = group[:room]
+      if not group:
+        break
       rows = [free.pop(0) for _ in group]
       # Two programs a bucket: one prompt, or as many as there are rows.
       if len(group) * 2 < self.rows:
@@ -314,17 +337,17 @@ class Generator:
     start = time.perf_counter()
     size = 1 if len(answers) == 1 else self.rows
     spare = size - len(answers)
-    rows = jnp.array([*rows, *[self.rows] * spare], jnp.int32)  # dropped
+    rows = np.array([*rows, *[self.rows] * spare], np.int32)  # dropped
     padded = [*answers, *answers[:1] * spare]
     tokens = np.zeros((size, bucket), np.int32)
     for row, answer in zip(tokens, padded):
       row[:len(answer.prompt_ids)] = answer.prompt_ids
-    lengths = jnp.array([len(a.prompt_ids) for a in padded], jnp.int32)
+    lengths = np.array([len(a.prompt_ids) for a in padded], np.int32)
     request = as_request([a.options for a in padded],
                          [len(a.prompt_ids) for a in padded], self.eos_ids,
                          vocab=self.config.vocab, stops=_STOPS, biases=_BIASES)
-    prefix = loop.prefill(self.model, self.drafter.taps, jnp.asarray(tokens),
-                          lengths, chunk=CHUNK, dtype=self.cache_dtype)
+    prefix = loop.prefill(self.model, self.drafter.taps, tokens, lengths,
+                          chunk=CHUNK, dtype=self.cache_dtype)
     state = loop.insert(self.model, self.drafter, self.verifier, state, rows,
                         prefix, request)
     jax.block_until_ready(state.done)
@@ -350,7 +373,7 @@ class Generator:
           on_completion(answer.index, answer.completion)
     free = np.array([answer is None for answer in active])
     if abandoned.any():
-      state = loop.release(state, jnp.asarray(free))
+      state = loop.release(state, free)
     return state
 
 
@@ -402,15 +425,6 @@ def _buckets(capacity: int) -> list[int]:
     sizes.append(2 * sizes[-1])
   return [*(s for s in sizes if s < capacity),
           next(s for s in sizes if s >= capacity)]
-
-
-def _cache_kind(name: str):
-  known = ("contiguous", "paged", "window")
-  if name not in known:
-    raise InputError(f"cache {name!r} is unknown; there are "
-                     f"{', '.join(known)}.{nearest(name, known)}")
-  module = importlib.import_module(f"jaxspec.caches.{name}")
-  return getattr(module, f"{name.capitalize()}Cache")
 
 
 def _name(verifier: Verifier) -> str:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from jaxspec import sampling, stages
+from jaxspec import sampling, sharding, stages
 from jaxspec.base import (
   Counters,
   DecodeState,
@@ -51,10 +51,10 @@ def init(model: Model, drafter: Drafter, cache: Cache, *, capacity: int,
   request = Request(
       sampling.defaults(rows, biases), zeros,
       jnp.full((rows, stops), -1, jnp.int32), jnp.zeros(rows, bool))
-  return DecodeState(
+  return _pin(DecodeState(
       seq, request, drafter.init(model, rows, capacity),
       jnp.ones(rows, bool), jnp.zeros((rows, capacity), jnp.float32),
-      Counters.zeros(rows, drafter.height))
+      Counters.zeros(rows, drafter.height)))
 
 
 @functools.partial(jax.jit, static_argnames=("taps", "chunk", "dtype"))
@@ -124,6 +124,8 @@ def insert(model: Model, drafter: Drafter, verifier: Verifier,
            request: Request) -> DecodeState:
   """Begins requests in `rows` and commits the first token of each.
 
+  A row for whose prompt the cache has no room ends with that token.
+
   Args:
     rows: an index of B or more is dropped, so that R can be a bucket.
   """
@@ -157,15 +159,18 @@ def insert(model: Model, drafter: Drafter, verifier: Verifier,
                         batch, new)
 
   old = state.seq
-  return DecodeState(
+  # The last token's keys are never written.
+  cache = old.cache.insert(rows, prefix.cache, request.limit - 1)
+  held = cache.length.at[rows].get(mode="fill", fill_value=0)
+  done |= held < length
+  return _pin(DecodeState(
       Sequences(put(old.tokens, text), put(old.prompt_length, length),
-                put(old.length, length + 1),
-                old.cache.insert(rows, prefix.cache, request.limit)),
+                put(old.length, length + 1), cache),
       put(state.request, request),
       drafter.insert(model, state.draft, rows, prefix),
       put(state.done, done), put(state.logprobs, logprobs),
       put(state.counters, Counters.zeros(
-          len(length), state.counters.drafted.shape[1])))
+          len(length), state.counters.drafted.shape[1]))))
 
 
 @functools.partial(jax.jit, static_argnames=("verifier",),
@@ -191,22 +196,31 @@ def decode(model: Model, drafter: Drafter, verifier: Verifier,
     state, _ = stages.step(model, drafter, verifier, state)
     return step + 1, state
 
-  return lax.while_loop(more, body, (jnp.zeros((), jnp.int32), state))[1]
+  return _pin(
+      lax.while_loop(more, body, (jnp.zeros((), jnp.int32), state))[1])
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
 def release(state: DecodeState, rows: Bool[Array, "B"]) -> DecodeState:
   """Stops these rows where they are and frees what their caches hold."""
   seq = state.seq
-  return state.replace(
+  return _pin(state.replace(
       done=state.done | rows,
       seq=seq.replace(cache=seq.cache.release(rows),
-                      length=jnp.where(rows, 1, seq.length)))
+                      length=jnp.where(rows, 1, seq.length))))
 
 
-_propose = jax.jit(stages.propose, donate_argnames=("state",))
-_settle = jax.jit(stages.settle, static_argnames=("verifier",),
-                  donate_argnames=("state",))
+@functools.partial(jax.jit, donate_argnames=("state",))
+def _propose(model, drafter, state):
+  proposal, state = stages.propose(model, drafter, state)
+  return proposal, _pin(state)
+
+
+@functools.partial(jax.jit, static_argnames=("verifier",),
+                   donate_argnames=("state",))
+def _settle(model, drafter, verifier, state, proposal):
+  state, emission = stages.settle(model, drafter, verifier, state, proposal)
+  return _pin(state), emission
 
 
 def stream(model: Model, drafter: Drafter, verifier: Verifier,
@@ -226,6 +240,22 @@ def stream(model: Model, drafter: Drafter, verifier: Verifier,
                      jnp.where(state.done, 0, count), settled=False), state
     state, emission = _settle(model, drafter, verifier, state, proposal)
     yield emission, state
+
+
+def _pin(state: DecodeState) -> DecodeState:
+  """Lays out what there is of each row alike, whichever program leaves it.
+
+  XLA would choose for every program apart, and the next would be compiled
+  again for what the last one chose. Keys and values are their cache's.
+  """
+  rows = len(state.done)
+
+  def place(x):
+    if not 0 < x.ndim < 4 or len(x) != rows:
+      return x
+    return sharding.constrain(x, "rows", *[None] * (x.ndim - 1))
+
+  return jax.tree.map(place, state)
 
 
 __all__ = ["decode", "init", "insert", "prefill", "release", "stream"]

@@ -96,7 +96,8 @@ def commit(state: DecodeState, proposal: Proposal, scores: Scores,
   """Writes the accepted path into the text and the cache.
 
   What follows an end token, or the request's limit, is dropped here; the
-  verdict is cut accordingly.
+  verdict is cut accordingly. A row for which the cache has no room gets
+  nothing more and is finished.
   """
   seq, path = state.seq, verdict.path
   # What the step says: the accepted nodes, then the next token.
@@ -106,12 +107,14 @@ def commit(state: DecodeState, proposal: Proposal, scores: Scores,
       index < verdict.kept[:, None] - 1,
       jnp.take_along_axis(proposal.tokens, nodes, axis=1),
       verdict.next_token[:, None])
-  kept, done = finish(state.request, seq.length, emitted, verdict.kept)
+  wanted, done = finish(state.request, seq.length, emitted, verdict.kept)
+  cache = seq.cache.commit(scores.fresh, path, wanted)
+  kept = cache.length - seq.cache.length       # none where there is no room
+  done |= kept < wanted
   logprobs = record(state, scores.logits, path, emitted, kept)
   verdict = verdict.replace(kept=kept, next_token=jnp.take_along_axis(
       emitted, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0])
   counters = count(state.counters, proposal, kept)
-  cache = seq.cache.commit(scores.fresh, path, kept)
   emission = Emission(seq.length, emitted, kept, settled=True)
   seq = Sequences(write(seq.tokens, emitted, seq.length, kept),
                   seq.prompt_length, seq.length + kept, cache)

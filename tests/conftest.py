@@ -46,7 +46,7 @@ def small() -> Transformer:
                      random_source(0, scale=1.5))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def quick_compiles():
   """Compiles without XLA's costly passes: half the time, the same meaning."""
   jax.config.update("jax_disable_most_optimizations", True)

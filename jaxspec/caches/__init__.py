@@ -4,8 +4,64 @@
 A cache is read-only inside a step. Nodes in flight live in `Fresh`; the
 accepted path of each row is written by `commit`, all layers at once, and
 rejected nodes are forgotten because they were never written anywhere.
+
+A file that holds a class called like it (`paged.py`, `PagedCache`) is a cache;
+`parse` finds it, so that a new one touches no list.
 """
+
+import importlib
+import inspect
+import pkgutil
+from typing import Any
 
 from jaxspec.caches.fresh import Cache as Cache
 from jaxspec.caches.fresh import Fresh as Fresh
 from jaxspec.caches.fresh import Place as Place
+from jaxspec.errors import InputError, nearest
+
+
+def kinds() -> dict[str, Any]:
+  """The classes of the caches there are, by the names of their files."""
+  found = {}
+  for name in sorted(m.name for m in pkgutil.iter_modules(__path__)):
+    module = importlib.import_module(f"{__name__}.{name}")
+    title = "".join(map(str.capitalize, name.split("_")))
+    kind = getattr(module, f"{title}Cache", None)
+    if kind is not None:
+      found[name] = kind
+  return found
+
+
+def parse(text: str) -> tuple[Any, dict[str, int]]:
+  """Finds the cache that `text` names.
+
+  Args:
+    text: `name` or `name:option=value,option=value`, each a whole number,
+      for example `paged:page=64,pages=100`.
+
+  Returns:
+    The class, and options for its `empty`.
+
+  Raises:
+    InputError: there is no such cache, option or number.
+  """
+  name, _, options = text.partition(":")
+  known = kinds()
+  if name not in known:
+    raise InputError(f"cache {name!r} is unknown; there are "
+                     f"{', '.join(known)}.{nearest(name, known)}")
+  parameters = inspect.signature(known[name].empty).parameters.values()
+  settings = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+  values = {}
+  for option in filter(None, options.split(",")):
+    key, separator, value = option.partition("=")
+    if key not in settings or not separator:
+      raise InputError(
+          f"cache {name} has no option {option!r}; it has "
+          f"{', '.join(settings) or 'none'}.{nearest(key, settings)}")
+    try:
+      values[key] = int(value)
+    except ValueError as e:
+      raise InputError(f"{name}: {key} must be a whole number, "
+                       f"got {value!r}") from e
+  return known[name], values

@@ -7,6 +7,7 @@ slice update is a computation, so that each commit would convert the whole
 cache, twice (30 layers of 32 rows, a token each: 23 ms, as bits 0.1 ms).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -80,6 +81,9 @@ class ContiguousCache:
     return ContiguousCache(
         tuple(map(put, self.k, prefix.k)), tuple(map(put, self.v, prefix.v)),
         self.length.at[rows].set(prefix.length, mode="drop"))
+
+  def fits(self, lengths: Sequence[int]) -> int:
+    return len(lengths)
 
   def release(self, rows: Bool[Array, "B"]) -> "ContiguousCache":
     return self.replace(v=wipe_rows(self.v, rows, self.length),

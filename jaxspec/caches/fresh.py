@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys and values in flight, and the contract of the caches they may enter."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -73,8 +74,13 @@ class Cache(Protocol):
 
   @classmethod
   def empty(cls, windows: tuple[int | None, ...], rows: int, capacity: int,
-            kv_heads: int, head_size: int, dtype: Any) -> "Cache":
-    """A cache of `len(windows)` layers that holds `capacity` positions."""
+            kv_heads: int, head_size: int, dtype: Any,
+            **options: Any) -> "Cache":
+    """A cache of `len(windows)` layers that holds `capacity` positions.
+
+    Args:
+      options: a cache's own, each by its name; see `caches.parse`.
+    """
     ...
 
   @property
@@ -89,7 +95,8 @@ class Cache(Protocol):
              kept: Int[Array, "B"]) -> "Cache":
     """Writes nodes `path[:, :kept]` of every layer behind the prefix.
 
-    Rows with `kept == 0` are untouched.
+    Rows with `kept == 0` are untouched. So is a row for which there is no
+    room: its length stands still, and the caller must end its request.
     """
     ...
 
@@ -97,10 +104,22 @@ class Cache(Protocol):
              reserve: Int[Array, "R"]) -> "Cache":
     """Replaces whole rows by those of a contiguous `prefix`.
 
+    A row for which there is no room becomes empty.
+
     Args:
       rows: targets; an index of `B` or more is dropped.
       prefix: a `ContiguousCache` of R rows.
       reserve: the longest each row may grow, in positions.
+    """
+    ...
+
+  def fits(self, lengths: Sequence[int]) -> int:
+    """How many of these there is room for now, from the first on.
+
+    The host asks before it inserts; who was let in never lacks room.
+
+    Args:
+      lengths: the longest each new row may grow, in positions.
     """
     ...
 

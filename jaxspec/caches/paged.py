@@ -10,15 +10,18 @@ page. Full pages can be shared without care; `fork` copies the one partial page
 at once, and no other write ever has to look whether its page is shared.
 
 Admission is by reservation. `insert` promises a row the pages of its longest
-length. While `pages_needed(longest) <= available()` is asked before each
-insert, no row in a loop is ever without a page. A row that has no reservation,
+length. While `fits` is asked before each insert, no row in a loop is ever
+without a page. A row that has no reservation,
 or outgrows it, takes what nobody was promised; where nothing is left it is
 `starved`: it keeps what it has, takes nothing more, and hurts nobody.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Num
 
@@ -33,6 +36,7 @@ from jaxspec.caches.contiguous import (
     zeros,
 )
 from jaxspec.caches.fresh import Fresh, Place, path_nodes
+from jaxspec.errors import InputError
 from pallas_kernels import tree_attention
 
 # A row may hold any page, so that pools are not split over the data axis: each
@@ -104,8 +108,8 @@ class PagedCache:
     table: the pages of each row, in order; 0 where there is none.
     reserve: how many pages each row was promised, those it has included.
     starved: rows that asked for a page when none was left, or outgrew the
-      table. Their length stands still until they are inserted or released;
-      the caller ends their requests.
+      table. Their length stands still until they are inserted or released,
+      by which the loop knows that their requests end here.
   """
 
   k: tuple[Num[Array, "X G page K"], ...]
@@ -125,10 +129,17 @@ class PagedCache:
       page: positions a page holds.
       pages: size of the pool, the null page included; by default every row
         can grow to `capacity`.
+
+    Raises:
+      InputError: a size that is none, or a pool in which not even one row can
+        grow to `capacity`.
     """
+    _at_least(1, "page", page)
     most = -(-capacity // page)
     if pages is None:
       pages = rows * most + 1
+    _at_least(most + 1, "pages", pages,
+              f" to hold one row of {capacity} tokens")
     shape = (pages, kv_heads, page, head_size)
     def pools():
       return tuple(zeros(shape, dtype, AXES) for _ in windows)
@@ -162,6 +173,10 @@ class PagedCache:
   def available(self) -> Int[Array, ""]:
     """Free pages that no row was promised: what can still be reserved."""
     return self.pages.free - jnp.sum(self._promised(), dtype=jnp.int32)
+
+  def fits(self, lengths: Sequence[int]) -> int:
+    needed = np.cumsum([self.pages_needed(n) for n in lengths])
+    return int(np.sum(needed <= int(_available(self))))
 
   def attend(self, layer: int, query: Float[Array, "B T H K"], fresh: Fresh,
              at: Place, **options) -> Float[Array, "B T H K"]:
@@ -339,6 +354,16 @@ class PagedCache:
               for name, value in fields.items()}
     return self.replace(k=tuple(map(put, self.k, k)),
                         v=tuple(map(put, self.v, v)), pages=pages, **fields)
+
+
+# For the host: a program of its own, compiled once.
+_available = jax.jit(PagedCache.available)
+
+
+def _at_least(least: int, name: str, value: int, why: str = "") -> None:
+  if value < least:
+    raise InputError(f"paged: {name} must be at least {least}{why}, "
+                     f"got {value}")
 
 
 def _mask(rows: Int[Array, "R"], count: int) -> Bool[Array, "{count}"]:

@@ -8,6 +8,7 @@ recorded. As many slots as the window has positions suffice because nothing is
 written before it is committed: a rejected node never pushes out an old one.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -81,6 +82,9 @@ class WindowCache:
     return WindowCache(
         tuple(map(put, self.k, prefix.k)), tuple(map(put, self.v, prefix.v)),
         self.length.at[rows].set(prefix.length, mode="drop"))
+
+  def fits(self, lengths: Sequence[int]) -> int:
+    return len(lengths)
 
   def release(self, rows: Bool[Array, "B"]) -> "WindowCache":
     return self.replace(v=wipe_rows(self.v, rows, self.length),

@@ -167,11 +167,11 @@ class Transformer(nnx.Module):
                        c.head_size, cache.dtype)
 
   def init_cache(self, kind: Any, rows: int, capacity: int,
-                 dtype: Any) -> Cache:
+                 dtype: Any, **options: Any) -> Cache:
     """An empty cache; `kind` is one of the classes in `jaxspec.caches`."""
     c = self.config
     return kind.empty(c.windows, rows, capacity, c.kv_heads, c.head_size,
-                      dtype)
+                      dtype, **options)
 
   def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """The residual stream below the first layer."""
