@@ -160,8 +160,6 @@ class Models:
 
   def __call__(self, one: Combination) -> Any:
     """A generator that decodes as `one` says."""
-    from flax import nnx
-
     from jaxspec.apps import launch
     from jaxspec.generator import Generator
     if one.dtype != self._dtype:
@@ -173,14 +171,20 @@ class Models:
     loaded: Any = self._loaded
     model = loaded.model
     if one.windowed:
-      model = nnx.merge(*nnx.split(model))             # the same arrays
-      model.config = dataclasses.replace(model.config, windows=tuple(
-          None if layer % 2 else self._window
-          for layer in range(model.config.depth)))
+      model = with_windows(model, self._window)
     return Generator(
         model, loaded.tokenizer, drafter=one.drafter, rows=one.rows,
         capacity=self._capacity, cache=one.cache, mesh=loaded.mesh,
         eos_ids=loaded.eos_ids)
+
+
+def with_windows(model: Any, window: int | None) -> Any:
+  """The model, every other layer of which sees `window` positions."""
+  from flax import nnx
+  model = nnx.merge(*nnx.split(model))                 # the same arrays
+  model.config = dataclasses.replace(model.config, windows=tuple(
+      None if layer % 2 else window for layer in range(model.config.depth)))
+  return model
 
 
 class Journal:
@@ -359,7 +363,7 @@ def rounding(plain: Any, other: Any,
 
 
 def margin(logits: np.ndarray, ours: int, theirs: int, options: Any,
-           position: int) -> dict[str, float]:
+           position: int) -> dict[str, Any]:
   """The change of logits it takes to say `theirs` instead of `ours`.
 
   Args:
@@ -368,8 +372,9 @@ def margin(logits: np.ndarray, ours: int, theirs: int, options: Any,
     position: where the token stands in the text.
 
   Returns:
-    `margin`, and the `top2` gap: between the two best scores, noise included.
-    Both count in units of logits, whatever the temperature.
+    `margin`; whether it is that of the way to top-p's threshold (`by_top_p`);
+    and the `top2` gap, between the two best scores, noise included. Margin and
+    gap count in units of logits, whatever the temperature.
   """
   import jax.numpy as jnp
 
@@ -379,7 +384,7 @@ def margin(logits: np.ndarray, ours: int, theirs: int, options: Any,
   if not options.temperature:
     best = np.partition(z, -2)[-2:]
     return {"margin": float(abs(z[ours] - z[theirs])),
-            "top2": float(best[1] - best[0])}
+            "by_top_p": False, "top2": float(best[1] - best[0])}
   one = as_request([options], [1], (), vocab=len(z), stops=1, biases=1)
   nothing = jnp.zeros((1, 1), jnp.int32)
   warped = np.asarray(sampling.warp(
@@ -408,7 +413,9 @@ def margin(logits: np.ndarray, ours: int, theirs: int, options: Any,
   else:
     wins = 0.0 if scores[theirs] > scores[ours] else gap
   best = np.partition(np.where(np.isfinite(warped), scores, -np.inf), -2)[-2:]
-  return {"margin": float(max(enters, wins) * options.temperature),
+  most = max(enters, wins)
+  return {"margin": float(most * options.temperature),
+          "by_top_p": bool(most != gap),
           "top2": float((best[1] - best[0]) * options.temperature)}
 
 
@@ -522,6 +529,8 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
           **{key: sum(one[key] for one in some) for key in (
               "prompts", "tokens", "drafted", "accepted", "passes", "diverged",
               "excused", "unexcused")},
+          "by_top_p": sum(d.get("by_top_p", False) for one in some
+                          for d in one["differences"]),
           "divergence_rate": sum(one["diverged"] for one in some)
                              / sum(one["prompts"] for one in some),
           "excused_rate": sum(one["excused"] for one in some)

@@ -55,12 +55,10 @@ def chats(tokenizer: Any, path: str, count: int) -> list[list[int]]:
 class Reference:
   """transformers, one prompt at a time."""
 
-  def __init__(self, model: str, eos_ids: Sequence[int]):
-    """Fills a transformers model with the weights of `model`."""
+  def __init__(self, checkpoint: Any, eos_ids: Sequence[int]):
+    """Fills a transformers model with the weights of an open checkpoint."""
     from experiments import oracles
-    from jaxspec import checkpoint
-    with checkpoint.open_checkpoint(model) as opened:
-      self._model = oracles.as_transformers(opened)
+    self._model = oracles.as_transformers(checkpoint)
     self._eos_ids = list(eos_ids)
 
   def answer(self, ids: Sequence[int], new_tokens: int
@@ -201,6 +199,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   import torch
 
+  from jaxspec import checkpoint
   from jaxspec.apps import launch
   from jaxspec.generator import Generator
   torch.set_num_threads(FLAGS.threads)
@@ -208,7 +207,8 @@ def main(argv: Sequence[str]) -> None:
   begun = time.perf_counter()
   generator = Generator.load(FLAGS.model, dtype="float32")
   prompts = chats(generator.tokenizer, FLAGS.prompts, FLAGS.count)
-  reference = Reference(FLAGS.model, generator.eos_ids)
+  with checkpoint.open_checkpoint(FLAGS.model) as opened:
+    reference = Reference(opened, generator.eos_ids)
   runs = measure(generator, reference, prompts, FLAGS.new_tokens)
   summary = summarise(runs)
   machine.write(FLAGS.output, runs, model=FLAGS.model, dtype="float32",
