@@ -203,7 +203,7 @@ def measure(workers: Sequence[Worker], prompts: Sequence[list[list[int]]],
   for number, rows in enumerate(prompts):
     turn = number % len(workers)           # nobody is always first
     for worker in [*workers[turn:], *workers[:turn]]:
-      for attempt in range(retries + 1):
+      for _ in range(retries + 1):
         with machine.ForeignLoad([worker.pid]) as load:
           result = worker.run(rows, new_tokens)
         clean = load.cores is None or load.cores <= max_foreign

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How should a model store its layers? Measured, for three answers.
 
-  python -m experiments.layer_storage --output=layer_storage.json
+  python -m experiments.layer_storage
 
 - `list`: each layer owns its arrays, the layer loop is unrolled.
 - `index`: one stack, a `fori_loop` takes layer l by a dynamic index.
@@ -31,9 +31,11 @@ from absl import app, flags
 from jax import lax
 from jax.experimental import topologies
 
-from experiments import machine  # noqa
+from experiments import machine
 
-_OUTPUT = flags.DEFINE_string("output", None, "where the JSON result goes")
+_OUTPUT = flags.DEFINE_string(
+    "output", "experiments/results/layer_storage.json",
+    "where the result goes")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "timed runs of each variant")
 
 # width, mlp, depth; SmolLM2-135M for the clock, a quarter of Llama-3-8B for
@@ -176,8 +178,7 @@ def main(_):
                if "median_milliseconds" in r else "")
       print(f"  {variant:18} {time_}{r['temporary_bytes'] / 1e6:8.1f} MB "
             f"temporary, {r['compile_seconds']:5.1f} s to compile")
-  if _OUTPUT.value:
-    machine.write(_OUTPUT.value, results)
+  machine.write(_OUTPUT.value, results)
 
 
 if __name__ == "__main__":

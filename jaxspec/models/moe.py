@@ -107,11 +107,8 @@ def _by_block(tokens: Float[Array, "A D"], sizes: Int[Array, "E"],
               *, activation: str) -> Float[Array, "A D"]:
   """The same, a few tokens of one expert at a time.
 
-  XLA:CPU multiplies a ragged dot out over all experts. At 128 experts of 0.4 M
-  float32 weights, 8 a token, that took 118 / 191 ms for 1 / 8 tokens, and the
-  dense product 89 / 123 / 155 ms for 1 / 8 / 64; blocks take 4 / 27 / 119 ms.
-  At 8 experts, 2 a token, it is 3.3 / 4.2 / 8.9 ms, dense 2.7 / 3.7 / 4.4,
-  blocks 1.7 / 3.2 / 6.1. In bfloat16 the ratios are the same or better.
+  XLA:CPU multiplies a ragged dot out over all experts, which is slower than
+  the dense product (`experiments/expert_products.py`).
   """
   count, groups = len(tokens), len(sizes)
   # About twice a group's average: seldom two blocks, little padding. (One row
