@@ -235,7 +235,10 @@ class Generator:
   def _take_state(self) -> DecodeState:
     """All rows free. A call that was interrupted left none; then a new one."""
     state, self._state = self._state, None
-    return self._init() if state is None else state
+    if state is None:
+      # Nothing is released yet; but when it is, nobody shall wait for XLA.
+      state = loop.release(self._init(), np.zeros(self.rows, bool))
+    return state
 
   def _answers(self, prompts, options, chat) -> list[Answer]:
     """Checks everything before anything is decoded."""

@@ -100,8 +100,10 @@ def plain(small):
 
 @pytest.fixture(scope="module")
 def drafted(small):
-  return Generator(small, tokenizer(), drafter=DRAFTER, rows=4,
-                   capacity=CAPACITY, eos_ids=[END])
+  """Eight rows, and pages for two of full length."""
+  return Generator(small, tokenizer(), drafter=DRAFTER, rows=8,
+                   capacity=CAPACITY, cache="paged:page=4,pages=33",
+                   eos_ids=[END])
 
 
 @pytest.fixture(scope="module")
@@ -115,17 +117,32 @@ def told(plain, many):
   return plain.generate(*many)
 
 
+@pytest.fixture
+def waits(monkeypatch):
+  """How many prompts had to wait for room, each time that some had to."""
+  fits, short = PagedCache.fits, []
+
+  def noted(self, lengths):
+    room = fits(self, lengths)
+    if room < len(lengths):
+      short.append(len(lengths) - room)
+    return room
+
+  monkeypatch.setattr(PagedCache, "fits", noted)
+  return short
+
+
 def test_mixed_requests_compile_nothing_and_change_no_token(
-    drafted, many, told):
-  """Whatever is asked, in whatever order rows become free."""
-  # A full batch and a single prompt of each length; a text cut short, which
-  # releases its row; a stream.
+    drafted, many, told, waits):
+  """Whatever is asked, in whatever order rows and pages become free."""
+  # A full batch and a single prompt of each length; a few steps; a stream.
   for length in (16, 30):
-    for count in (4, 1):
-      drafted.generate([[1] * length] * count, Options(max_new_tokens=8))
-  drafted.generate([[1]], Options(max_new_tokens=60, stop=tuple(LETTERS)))
+    for count in (8, 1):
+      drafted.generate([[1] * length] * count, Options(max_new_tokens=1))
+  drafted.generate([[1]], Options(max_new_tokens=8))
   for _ in drafted.stream([1, 2, 1, 2, 1], Options(max_new_tokens=8)):
     pass
+  waits.clear()
   programs = loop.decode._cache_size(), loop.insert._cache_size()
   with count_compiles() as compiles:
     found = drafted.generate(*many)
@@ -136,50 +153,39 @@ def test_mixed_requests_compile_nothing_and_change_no_token(
   same(found, told)
   same(streamed, told[:8])
   assert accepted(found) > 100
+  assert len(waits) > 40
   assert {c.finish_reason for c in found} == {"stop", "length"}
   assert len({tuple(c.token_ids) for c in found}) > 150
 
 
-def test_order_does_not_matter_and_prompts_wait_for_pages(
-    small, told, many, monkeypatch):
-  """Eight rows, and fewer pages than they want, in another order."""
-  few = [i for i, prompt in enumerate(many[0]) if len(prompt) <= 16]
-  few = np.random.default_rng(1).permutation(few)
-  prompts, options = ([x[i] for i in few] for x in many)
-  # As many as one row of full length needs.
-  paged, waited = Generator(
-      small, tokenizer(), drafter=DRAFTER, rows=8, capacity=CAPACITY,
-      cache="paged:page=4,pages=17", eos_ids=[END]), 0
-  fits = PagedCache.fits
+def test_order_does_not_matter(drafted, many, told):
+  """Each prompt in another row, beside others than before."""
+  order = np.random.default_rng(1).permutation(200)[:50]
+  found = drafted.generate([many[0][i] for i in order],
+                           [many[1][i] for i in order])
+  same(found, [told[i] for i in order])
+  assert accepted(found) > 20
 
-  def counted(self, lengths):
-    nonlocal waited
-    room = fits(self, lengths)
-    waited += room < len(lengths)
-    return room
 
-  monkeypatch.setattr(PagedCache, "fits", counted)
-  found = paged.generate(prompts, options)
-  same(found, [told[i] for i in few])
-  assert accepted(found) > 40
-  assert waited > 20
-  prompts, options = prompts[:16], [
-      Options(max_new_tokens=40, ignore_eos=True)] * 16
-  wanted = paged.generate(prompts, options)
+def test_who_finds_no_room_is_told(drafted, many, waits, monkeypatch):
+  prompts, options = many[0][:16], [
+      Options(max_new_tokens=30, ignore_eos=True)] * 16
+  wanted = drafted.generate(prompts, options)
   assert {c.finish_reason for c in wanted} == {"length"}
+  assert waits
   # Where nobody asks, texts end early, are right as far as they go, and say
   # so.
-  monkeypatch.setattr(PagedCache, "fits", lambda self, lengths: len(lengths))
-  cut = paged.generate(prompts, options)
+  with monkeypatch.context() as patch:
+    patch.setattr(PagedCache, "fits", lambda self, lengths: len(lengths))
+    cut = drafted.generate(prompts, options)
   for completion, whole in zip(cut, wanted):
     completion.stats.reconcile()
     count = len(completion.token_ids)
     assert completion.token_ids == whole.token_ids[:count]
-    assert completion.finish_reason == ("capacity" if count < 40 else "length")
+    assert completion.finish_reason == ("capacity" if count < 30 else "length")
   assert len({len(c.token_ids) for c in cut}) > 3
   # And the pages are there again.
-  monkeypatch.setattr(PagedCache, "fits", fits)
-  same(paged.generate(prompts, options), wanted)
+  same(drafted.generate(prompts, options), wanted)
 
 
 SIZES = dict(depth=2, windows=(8, None))          # those of `small`
@@ -190,7 +196,7 @@ EXPERTS = dict(depth=1, experts=4, experts_per_token=2)
     ({"data": 2}, "window", SIZES),
     ({"tensor": 2}, "contiguous", SIZES),
     ({"data": 2, "tensor": 2}, "paged:page=4", SIZES),
-    ({"data": 2, "expert": 2}, "contiguous", EXPERTS)])
+    ({"expert": 2}, "contiguous", EXPERTS)])
 def test_mesh_and_cache_do_not_matter(plain, mesh, cache, sizes):
   """Same tokens on all of them, and no second compile for a new layout."""
   def make(mesh=None, **settings):
