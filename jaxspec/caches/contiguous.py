@@ -1,11 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plain cache: slot s of a row holds position s.
-
-How buffers are kept is decided here for every cache. On a CPU, bfloat16 is kept
-as its bits, in uint16: XLA:CPU computes bfloat16 in float32, and to it even a
-slice update is a computation, so that each commit would convert the whole
-cache, twice (30 layers of 32 rows, a token each: 23 ms, as bits 0.1 ms).
-"""
+"""The plain cache: slot s of a row holds position s."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec import sharding
 from jaxspec.caches.fresh import Fresh, Place, path_nodes
@@ -27,8 +21,8 @@ AXES = ("rows", "kv_heads", None, None)
 class ContiguousCache:
   """One buffer of `capacity` slots a row and layer."""
 
-  k: tuple[Num[Array, "B G S K"], ...]
-  v: tuple[Num[Array, "B G S K"], ...]
+  k: tuple[Float[Array, "B G S K"], ...]
+  v: tuple[Float[Array, "B G S K"], ...]
   length: Int[Array, "B"]
 
   @classmethod
@@ -40,7 +34,7 @@ class ContiguousCache:
 
   @property
   def dtype(self) -> Any:
-    return value_dtype(self.k[0])
+    return self.k[0].dtype
 
   @property
   def capacity(self) -> int:
@@ -51,8 +45,8 @@ class ContiguousCache:
     slots = jnp.arange(self.capacity)[None]
     held = jnp.where(slots < self.length[:, None], slots, -1)
     return tree_attention(
-        query, decode(self.k[layer], query), decode(self.v[layer], query),
-        fresh.k[layer], fresh.v[layer], slot_positions=held,
+        query, self.k[layer], self.v[layer], fresh.k[layer], fresh.v[layer],
+        slot_positions=held,
         positions=at.tokens, fresh_positions=at.positions, mask=at.mask,
         **options)
 
@@ -71,13 +65,8 @@ class ContiguousCache:
              reserve: Int[Array, "R"]) -> "ContiguousCache":
     # The row is written whole: what an earlier request left there, even a
     # NaN, which a zero probability would not hide, is gone.
-    slots = jnp.arange(self.capacity)[None]
-    held = slots < prefix.length[:, None]
-    spare = max(self.capacity - prefix.capacity, 0)
     def put(buffer, new):
-      new = jnp.pad(decode(new), ((0, 0), (0, 0), (0, spare), (0, 0)))
-      new = jnp.where(held[:, None, :, None], new[:, :, :self.capacity], 0)
-      return set_rows(buffer, rows, new)
+      return _begin_rows(buffer, rows, new, prefix.length)
     return ContiguousCache(
         tuple(map(put, self.k, prefix.k)), tuple(map(put, self.v, prefix.v)),
         self.length.at[rows].set(prefix.length, mode="drop"))
@@ -90,73 +79,39 @@ class ContiguousCache:
                         length=jnp.where(rows, 0, self.length))
 
 
-def on_cpu() -> bool:
-  """Whether what is being traced is meant for a CPU."""
-  mesh = jax.sharding.get_abstract_mesh()
-  device = None if mesh.empty else getattr(mesh, "abstract_device", None)
-  return getattr(device, "platform", None) == "cpu" if device is not None else (
-      jax.default_backend() == "cpu")
-
-
 def zeros(shape: tuple[int, ...], dtype: Any,
-          axes: tuple[str | None, ...]) -> Num[Array, "..."]:
-  """A buffer for values of `dtype`."""
-  if jnp.dtype(dtype) == jnp.bfloat16 and on_cpu():
-    dtype = jnp.uint16
+          axes: tuple[str | None, ...]) -> Float[Array, "..."]:
+  """An empty buffer, split as its `axes` ask for."""
   return sharding.constrain(jnp.zeros(shape, dtype), *axes)
 
 
-def value_dtype(buffer: Num[Array, "..."]) -> Any:
-  """The dtype of the values a buffer holds."""
-  bits = buffer.dtype == jnp.uint16
-  return jnp.dtype(jnp.bfloat16) if bits else buffer.dtype
+# What caches do for each layer is traced once for all that look alike.
 
 
-def encode(values: Num[Array, "..."],
-           buffer: Num[Array, "..."]) -> Num[Array, "..."]:
-  """Values as `buffer` keeps them."""
-  values = values.astype(value_dtype(buffer))
-  if values.dtype == buffer.dtype:
-    return values
-  return lax.bitcast_convert_type(values, buffer.dtype)
+@jax.jit
+def _begin_rows(buffer: Float[Array, "B G S K"], rows: Int[Array, "R"],
+                new: Float[Array, "R G _ K"], length: Int[Array, "R"]
+                ) -> Float[Array, "B G S K"]:
+  """Rows that hold the first `length` positions of `new`, and nothing else."""
+  slots = buffer.shape[2]
+  new = jnp.pad(new, ((0, 0), (0, 0), (0, max(slots - new.shape[2], 0)),
+                      (0, 0)))
+  held = jnp.arange(slots)[None] < length[:, None]
+  return set_rows(buffer, rows, jnp.where(held[:, None, :, None],
+                                          new[:, :, :slots], 0))
 
 
-def decode(buffer: Num[Array, "..."],
-           after: Float[Array, "..."] | None = None) -> Float[Array, "..."]:
-  """The values of a buffer.
-
-  Args:
-    after: what must be known first. Reading bits makes a copy; it should be
-      made layer by layer, not for all layers at the beginning of a step.
-  """
-  if buffer.dtype != jnp.uint16:
-    return buffer
-  if after is not None:
-    buffer = buffer ^ zero_after(after).astype(buffer.dtype)
-  return lax.bitcast_convert_type(buffer, jnp.bfloat16)
-
-
-def zero_after(x: Float[Array, "..."]) -> Int[Array, ""]:
-  """A zero that is known only when `x` is.
-
-  XLA:CPU starts whatever can be started. A layer's reads depend on the loop's
-  state alone, so it would copy every layer first and hold all the copies (an
-  optimization barrier is gone before it schedules). Meant for a CPU: on a
-  mesh, every device would wait for the one that holds the first element.
-  """
-  first = x[(0,) * x.ndim].astype(jnp.float32)
-  return jnp.minimum(lax.bitcast_convert_type(first, jnp.int32) & 1, 0)
-
-
-def write_slots(buffer: Num[Array, "B G S K"], values: Float[Array, "B P G K"],
-                slots: Int[Array, "B P"]) -> Num[Array, "B G S K"]:
+@jax.jit
+def write_slots(buffer: Float[Array, "B G S K"],
+                values: Float[Array, "B P G K"], slots: Int[Array, "B P"]
+                ) -> Float[Array, "B G S K"]:
   """`buffer[b, :, slots[b, p]] = values[b, p]`, in place.
 
   Slots of a row must differ; those of S or more are dropped. A scatter for a
   CPU; elsewhere a slice update for each node, because the TPU compiler keeps
   a cache that is scattered into in another layout, and copies it twice a call.
   """
-  values = jnp.moveaxis(encode(values, buffer), 1, 2)            # [B G P K]
+  values = jnp.moveaxis(values.astype(buffer.dtype), 1, 2)       # [B G P K]
 
   def scatter(buffer, values, slots):
     return jax.vmap(lambda b, v, s: b.at[:, s].set(v, mode="drop"))(
@@ -185,8 +140,9 @@ def write_slots(buffer: Num[Array, "B G S K"], values: Float[Array, "B P G K"],
   return _by_shard(write, buffer, (values, slots), (AXES, AXES[:1] + (None,)))
 
 
-def set_rows(buffer: Num[Array, "B G S K"], rows: Int[Array, "R"],
-             new: Num[Array, "R G S K"]) -> Num[Array, "B G S K"]:
+@jax.jit
+def set_rows(buffer: Float[Array, "B G S K"], rows: Int[Array, "R"],
+             new: Float[Array, "R G S K"]) -> Float[Array, "B G S K"]:
   """`buffer[rows] = new`, in place; rows beyond the buffer are dropped."""
   split = _row_axis(buffer)
 
@@ -202,7 +158,7 @@ def set_rows(buffer: Num[Array, "B G S K"], rows: Int[Array, "R"],
           lambda b: b, buffer)
     return buffer.at[rows].set(new, mode="drop")
 
-  return _by_shard(write, buffer, (rows, encode(new, buffer)),
+  return _by_shard(write, buffer, (rows, new.astype(buffer.dtype)),
                    ((None,), (None, *AXES[1:])))
 
 
@@ -227,9 +183,9 @@ def _row_axis(buffer):
   return None if mesh.empty else sharding.spec(AXES, buffer.shape, mesh)[0]
 
 
-def wipe_rows(buffers: tuple[Num[Array, "B G _ K"], ...],
+def wipe_rows(buffers: tuple[Float[Array, "B G _ K"], ...],
               rows: Bool[Array, "B"], length: Int[Array, "B"]
-              ) -> tuple[Num[Array, "B G _ K"], ...]:
+              ) -> tuple[Float[Array, "B G _ K"], ...]:
   """Zeroes the values of rows that are being released.
 
   A slot without a position has probability zero, which hides any value but a

@@ -11,9 +11,9 @@ at once, and no other write ever has to look whether its page is shared.
 
 Admission is by reservation. `insert` promises a row the pages of its longest
 length. While `fits` is asked before each insert, no row in a loop is ever
-without a page. A row that has no reservation,
-or outgrows it, takes what nobody was promised; where nothing is left it is
-`starved`: it keeps what it has, takes nothing more, and hurts nobody.
+without a page. A row that has no reservation, or outgrows it, takes what nobody
+was promised; where nothing is left it is `starved`: it keeps what it has, takes
+nothing more, and hurts nobody.
 """
 
 from collections.abc import Sequence
@@ -23,18 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec import sharding
-from jaxspec.caches.contiguous import (
-    ContiguousCache,
-    decode,
-    encode,
-    on_cpu,
-    value_dtype,
-    zero_after,
-    zeros,
-)
+from jaxspec.caches.contiguous import ContiguousCache, zeros
 from jaxspec.caches.fresh import Fresh, Place, path_nodes
 from jaxspec.errors import InputError
 from pallas_kernels import tree_attention
@@ -112,8 +104,8 @@ class PagedCache:
       by which the loop knows that their requests end here.
   """
 
-  k: tuple[Num[Array, "X G page K"], ...]
-  v: tuple[Num[Array, "X G page K"], ...]
+  k: tuple[Float[Array, "X G page K"], ...]
+  v: tuple[Float[Array, "X G page K"], ...]
   length: Int[Array, "B"]
   table: Int[Array, "B M"]
   reserve: Int[Array, "B"]
@@ -149,7 +141,7 @@ class PagedCache:
 
   @property
   def dtype(self) -> Any:
-    return value_dtype(self.k[0])
+    return self.k[0].dtype
 
   @property
   def page(self) -> int:
@@ -182,20 +174,10 @@ class PagedCache:
              at: Place, **options) -> Float[Array, "B T H K"]:
     slots = jnp.arange(self.capacity)[None]
     held = jnp.where(slots < self.length[:, None], slots, -1)
-    table = self.table + zero_after(query) if on_cpu() else self.table
-
-    def gather(pool):
-      x = decode(pool.at[table].get(mode="promise_in_bounds"))
-      x = jnp.moveaxis(x, 2, 1)                          # [B G M page K]
-      return x.reshape(*x.shape[:2], self.capacity, x.shape[-1])
-
-    # A zero probability does not hide a NaN that an earlier owner of a page
-    # left behind.
-    value = jnp.where((held >= 0)[:, None, :, None], gather(self.v[layer]), 0)
     return tree_attention(
-        query, gather(self.k[layer]), value, fresh.k[layer], fresh.v[layer],
+        query, self.k[layer], self.v[layer], fresh.k[layer], fresh.v[layer],
         slot_positions=held, positions=at.tokens, fresh_positions=at.positions,
-        mask=at.mask, **options)
+        mask=at.mask, table=self.table, **options)
 
   def commit(self, fresh: Fresh, path: Int[Array, "B P"],
              kept: Int[Array, "B"]) -> "PagedCache":
@@ -226,7 +208,7 @@ class PagedCache:
                        jnp.take_along_axis(table, entry, axis=1),
                        len(pages.users))
     def put(pool, values):
-      values = encode(path_nodes(values, path), pool)
+      values = path_nodes(values, path).astype(pool.dtype)
       return sharding.constrain(
           pool.at[target, :, position % self.page].set(values, mode="drop"),
           *AXES)
@@ -255,7 +237,7 @@ class PagedCache:
     pages, taken = self.pages.take(need, most)
     spare = max(most * self.page - prefix.capacity, 0)
     def contents(new):
-      new = jnp.pad(decode(new), ((0, 0), (0, 0), (0, spare), (0, 0)))
+      new = jnp.pad(new, ((0, 0), (0, 0), (0, spare), (0, 0)))
       new = new[:, :, :most * self.page]
       new = new.reshape(*new.shape[:2], most, self.page, new.shape[-1])
       return jnp.moveaxis(new, 2, 1)                     # [R M G page K]
@@ -292,7 +274,7 @@ class PagedCache:
     tail = jnp.where(nth == full[:, None], table, 0).sum(axis=1)
     # Read and hold before anything is given back.
     def tails(pool):
-      return decode(pool.at[tail[:, None]].get(mode="promise_in_bounds"))
+      return pool.at[tail[:, None]].get(mode="promise_in_bounds")
     k, v = tuple(map(tails, self.k)), tuple(map(tails, self.v))
     self = self.replace(pages=self.pages.hold(shared))
     self = self.release(_mask(targets, len(self.length)))
@@ -349,7 +331,7 @@ class PagedCache:
     index = jnp.where(taken > 0, taken, len(pages.users))
     def put(pool, new):
       return sharding.constrain(
-          pool.at[index].set(encode(new, pool), mode="drop"), *AXES)
+          pool.at[index].set(new.astype(pool.dtype), mode="drop"), *AXES)
     fields = {name: getattr(self, name).at[rows].set(value, mode="drop")
               for name, value in fields.items()}
     return self.replace(k=tuple(map(put, self.k, k)),

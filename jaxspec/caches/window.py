@@ -13,14 +13,12 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec.caches.contiguous import (
     AXES,
     ContiguousCache,
-    decode,
     set_rows,
-    value_dtype,
     wipe_rows,
     write_slots,
     zeros,
@@ -33,8 +31,8 @@ from pallas_kernels import tree_attention
 class WindowCache:
   """A ring of slots a row and layer; rings differ in size (S)."""
 
-  k: tuple[Num[Array, "B G _ K"], ...]
-  v: tuple[Num[Array, "B G _ K"], ...]
+  k: tuple[Float[Array, "B G _ K"], ...]
+  v: tuple[Float[Array, "B G _ K"], ...]
   length: Int[Array, "B"]
 
   @classmethod
@@ -47,14 +45,13 @@ class WindowCache:
 
   @property
   def dtype(self) -> Any:
-    return value_dtype(self.k[0])
+    return self.k[0].dtype
 
   def attend(self, layer: int, query: Float[Array, "B T H K"], fresh: Fresh,
              at: Place, **options) -> Float[Array, "B T H K"]:
     key, value = self.k[layer], self.v[layer]
     return tree_attention(
-        query, decode(key, query), decode(value, query),
-        fresh.k[layer], fresh.v[layer],
+        query, key, value, fresh.k[layer], fresh.v[layer],
         slot_positions=held(self.length, key.shape[2]), positions=at.tokens,
         fresh_positions=at.positions, mask=at.mask, **options)
 
@@ -77,7 +74,7 @@ class WindowCache:
       # The row is written whole, as in `ContiguousCache`.
       at = held(prefix.length, buffer.shape[2])[:, None, :, None]
       new = jnp.take_along_axis(
-          decode(new), jnp.clip(at, 0, prefix.capacity - 1), axis=2)
+          new, jnp.clip(at, 0, prefix.capacity - 1), axis=2)
       return set_rows(buffer, rows, jnp.where(at >= 0, new, 0))
     return WindowCache(
         tuple(map(put, self.k, prefix.k)), tuple(map(put, self.v, prefix.v)),

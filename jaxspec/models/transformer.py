@@ -16,6 +16,7 @@ persistent compilation cache pays it once.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -205,51 +206,63 @@ class Transformer(nnx.Module):
     return sharding.constrain(logits, "rows", None, "vocab")
 
   def _block(self, layer, x, cache, fresh, at, angles):
-    block, eps = self.layers[layer], self.config.norm_eps
-
-    def add(x, y, post_norm):
-      y = y.astype(x.dtype)
-      if self.config.post_norms:
-        y = layers.rms_norm(y, getattr(block, post_norm)[...], eps)
-      return sharding.constrain(x + y, "rows", None, None)
-
-    y = layers.rms_norm(x, block.attn_norm[...], eps)
-    y, fresh = self._attention(layer, y, cache, fresh, at, angles)
-    x = add(x, y, "post_attn_norm")
-    y = layers.rms_norm(x, block.mlp_norm[...], eps)
-    return add(x, self._mlp(block, y), "post_mlp_norm"), fresh
-
-  def _attention(self, layer, x, cache, fresh, at, angles):
     c, block = self.config, self.layers[layer]
-    qkv = layers.linear(x, block.qkv[...])                 # [B T G R+2 K]
-    if c.qkv_bias:
-      qkv = qkv + block.qkv_bias[...][None, None]
-    q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
-    if c.qk_norm:
-      q = layers.rms_norm(q, block.q_norm[...], c.norm_eps)
-      k = layers.rms_norm(k, block.k_norm[...], c.norm_eps)
-    q = layers.rotate(q, angles[c.ropes[layer]]).astype(x.dtype)
-    k = layers.rotate(k, angles[c.ropes[layer]])
+    q, k, v = _project(block, x, angles[c.ropes[layer]], config=c)
     fresh = fresh.write(layer, at.start, k, v)
-    rows, tokens = x.shape[:2]
-    y = cache.attend(
-        layer, q.reshape(rows, tokens, c.heads, c.head_size), fresh, at,
-        scale=c.scale, window=c.windows[layer],
-        logits_soft_cap=c.attention_cap)
-    return layers.linear(y.reshape(rows, tokens, -1), block.out[...]), fresh
+    y = cache.attend(layer, q, fresh, at, scale=c.scale,
+                     window=c.windows[layer], logits_soft_cap=c.attention_cap)
+    return _feed_forward(block, x, y, config=c), fresh
 
-  def _mlp(self, block, x):
-    c = self.config
-    if c.experts:
-      return moe.mixture(
-          x, block.router[...], block.gate_up[...], block.down[...],
-          per_token=c.experts_per_token, normalize=c.normalize_experts,
-          activation=c.activation)
-    gate = layers.ACTIVATIONS[c.activation](
-        layers.linear(x, block.gate[...]))                 # [B T F]
-    hidden = (gate * layers.linear(x, block.up[...])).astype(x.dtype)
-    hidden = sharding.constrain(hidden, "rows", None, "mlp")
-    return layers.linear(hidden, block.down[...])
+
+# The two halves of a layer around attention. Each is traced once, not once a
+# layer: tracing is what a start with a warm compilation cache waits for.
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _project(block, x, angles, *, config):
+  """Queries `[B T H K]`, keys and values `[B T G K]` of one layer."""
+  c = config
+  x = layers.rms_norm(x, block.attn_norm[...], c.norm_eps)
+  qkv = layers.linear(x, block.qkv[...])                   # [B T G R+2 K]
+  if c.qkv_bias:
+    qkv = qkv + block.qkv_bias[...][None, None]
+  q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+  if c.qk_norm:
+    q = layers.rms_norm(q, block.q_norm[...], c.norm_eps)
+    k = layers.rms_norm(k, block.k_norm[...], c.norm_eps)
+  q = layers.rotate(q, angles).astype(x.dtype)
+  return (q.reshape(*x.shape[:2], c.heads, c.head_size),
+          layers.rotate(k, angles), v)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _feed_forward(block, x, attended, *, config):
+  """The residual stream behind one layer."""
+  c = config
+
+  def add(x, y, post_norm):
+    y = y.astype(x.dtype)
+    if c.post_norms:
+      y = layers.rms_norm(y, getattr(block, post_norm)[...], c.norm_eps)
+    return sharding.constrain(x + y, "rows", None, None)
+
+  y = layers.linear(attended.reshape(*x.shape[:2], -1), block.out[...])
+  x = add(x, y, "post_attn_norm")
+  y = layers.rms_norm(x, block.mlp_norm[...], c.norm_eps)
+  return add(x, _mlp(block, y, c), "post_mlp_norm")
+
+
+def _mlp(block, x, c):
+  if c.experts:
+    return moe.mixture(
+        x, block.router[...], block.gate_up[...], block.down[...],
+        per_token=c.experts_per_token, normalize=c.normalize_experts,
+        activation=c.activation)
+  gate = layers.ACTIVATIONS[c.activation](
+      layers.linear(x, block.gate[...]))                   # [B T F]
+  hidden = (gate * layers.linear(x, block.up[...])).astype(x.dtype)
+  hidden = sharding.constrain(hidden, "rows", None, "mlp")
+  return layers.linear(hidden, block.down[...])
 
 
 def random_source(seed: int, dtype: Any = jnp.float32, scale: float = 1.0,

@@ -16,8 +16,8 @@ _IMPLEMENTATIONS = {"xla": xla.tree_attention}
 
 def tree_attention(
     query: Float[Array, "B T H K"],
-    key: Float[Array, "B G S K"],
-    value: Float[Array, "B G S K"],
+    key: Float[Array, "B G S K"] | Float[Array, "X G page K"],
+    value: Float[Array, "B G S K"] | Float[Array, "X G page K"],
     fresh_key: Float[Array, "B N G K"],
     fresh_value: Float[Array, "B N G K"],
     *,
@@ -26,6 +26,7 @@ def tree_attention(
     fresh_positions: Int[Array, "B N"],
     mask: Bool[Array, "T N"] | Bool[Array, "B T N"],
     scale: float,
+    table: Int[Array, "B M"] | None = None,
     window: int | None = None,
     logits_soft_cap: float | None = None,
     implementation: Implementation = None,
@@ -41,6 +42,9 @@ def tree_attention(
     fresh_positions: the position of each fresh key.
     mask: the fresh keys each token sees.
     scale: what scores are multiplied by.
+    table: the pages of each row, in order, where `key` and `value` are pools
+      of pages; slot s lies in page `table[b, s // page]`, and what stands in
+      slots without a position may be anything.
     window: how many positions a token sees, itself included; None for all.
     logits_soft_cap: scores become `cap * tanh(score / cap)` (Gemma 2).
 
@@ -52,5 +56,5 @@ def tree_attention(
       "tree_attention", _IMPLEMENTATIONS, implementation,
       query, key, value, fresh_key, fresh_value,
       slot_positions=slot_positions, positions=positions,
-      fresh_positions=fresh_positions, mask=mask, scale=scale, window=window,
-      logits_soft_cap=logits_soft_cap)
+      fresh_positions=fresh_positions, mask=mask, scale=scale, table=table,
+      window=window, logits_soft_cap=logits_soft_cap)

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The meaning of `tree_attention`, as einsums."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -8,9 +11,12 @@ from jax import lax
 BLOCK = 128
 
 
+# Traced once for all layers that look alike.
+@functools.partial(jax.jit,
+                   static_argnames=("scale", "window", "logits_soft_cap"))
 def tree_attention(query, key, value, fresh_key, fresh_value, *,
                    slot_positions, positions, fresh_positions, mask, scale,
-                   window, logits_soft_cap):
+                   table, window, logits_soft_cap):
   """See `pallas_kernels.attention.op.tree_attention`.
 
   A CPU reads the prefix block by block and stops where no row holds more:
@@ -18,21 +24,18 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
   backends would wait for the host to count such a loop.
   """
   rows, tokens, heads, size = query.shape
-  groups, slots = key.shape[1:3]
+  groups, slots = key.shape[1], slot_positions.shape[1]
   q = query.astype(key.dtype).reshape(rows, tokens, groups, -1, size)
   q = jnp.moveaxis(q, 1, 3)                                    # [B G R T K]
   oldest = None if window is None else positions[..., None] - window
 
-  def scores(equation, keys, visible):
-    s = _einsum(equation, q, keys) * scale
+  def add(state, equations, keys, values, visible):
+    """Attends to some more keys, by an online softmax."""
+    top, total, out = state
+    s = _einsum(equations[0], q, keys) * scale
     if logits_soft_cap is not None:
       s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
-    return jnp.where(visible[:, None, None], s, -jnp.inf)
-
-  def add(state, equations, keys, values, visible):
-    """One more block of keys, by an online softmax."""
-    top, total, out = state
-    s = scores(equations[0], keys, visible)
+    s = jnp.where(visible[:, None, None], s, -jnp.inf)
     new = jnp.maximum(top, jnp.max(s, axis=-1, keepdims=True))
     s, shrink = jnp.exp(s - new), jnp.exp(top - new)
     return (new, total * shrink + jnp.sum(s, axis=-1, keepdims=True),
@@ -46,17 +49,40 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
     return add(state, ("bgrtk,bgsk->bgrts", "bgrts,bgsk->bgrtk"), key, value,
                visible)
 
-  def blocks(state, key, value, held):
+  def paged(state, key, value, held, table):
+    def gather(pool):
+      x = pool.at[table].get(mode="promise_in_bounds")         # [B M G page K]
+      x = jnp.moveaxis(x, 2, 1)
+      return x.reshape(rows, groups, -1, size)
+    # A zero probability does not hide a NaN that an earlier owner of a page
+    # left behind.
+    value = jnp.where((held >= 0)[:, None, :, None], gather(value), 0)
+    return prefix(state, gather(key), value, held)
+
+  def by_block(state, key, value, held, table):
+    size = BLOCK if table is None else key.shape[2] * pages
+    used = jnp.max(jnp.where(held >= 0, jnp.arange(slots)[None] + 1, 0))
+
     def body(i, state):
       # The last block may reach back into the one before it.
-      start = jnp.minimum(i * BLOCK, slots - BLOCK)
-      k, v = (lax.dynamic_slice_in_dim(x, start, BLOCK, axis=2)
+      start = jnp.minimum(i * size, slots - size)
+      at = lax.dynamic_slice_in_dim(held, start, size, axis=1)
+      again = start + jnp.arange(size)[None] < i * size
+      at = jnp.where(again, -1, at)
+      if table is not None:
+        some = lax.dynamic_slice_in_dim(table, start // key.shape[2], pages,
+                                        axis=1)
+        return paged(state, key, value, at, some)
+      k, v = (lax.dynamic_slice_in_dim(x, start, size, axis=2)
               for x in (key, value))
-      at = lax.dynamic_slice_in_dim(held, start, BLOCK, axis=1)
-      again = start + jnp.arange(BLOCK)[None] < i * BLOCK
-      return prefix(state, k, v, jnp.where(again, -1, at))
-    used = jnp.max(jnp.where(held >= 0, jnp.arange(slots)[None] + 1, 0))
-    return lax.fori_loop(0, (used + BLOCK - 1) // BLOCK, body, state)
+      return prefix(state, k, v, at)
+
+    return lax.fori_loop(0, (used + size - 1) // size, body, state)
+
+  def whole(state, key, value, held, table):
+    if table is not None:
+      return paged(state, key, value, held, table)
+    return prefix(state, key, value, held)
 
   fresh = jnp.broadcast_to(mask, (rows, *mask.shape[-2:]))     # [B T N]
   if oldest is not None:
@@ -67,9 +93,12 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
            jnp.zeros(q.shape, jnp.float32))
   state = add(state, ("bgrtk,bngk->bgrtn", "bgrtn,bngk->bgrtk"), fresh_key,
               fresh_value, fresh)
-  if slots > BLOCK:
-    state = lax.platform_dependent(state, key, value, slot_positions,
-                                   cpu=blocks, default=prefix)
+  pages = 1 if table is None else min(max(1, BLOCK // key.shape[2]),
+                                      table.shape[1])
+  prefix_of = (key, value, slot_positions, table)
+  if slots > BLOCK or table is not None:
+    state = lax.platform_dependent(state, *prefix_of, cpu=by_block,
+                                   default=whole)
   elif slots:
     state = prefix(state, key, value, slot_positions)
   _, total, out = state

@@ -21,7 +21,7 @@ import jaxspec.caches
 from jaxspec import sharding
 from jaxspec import tree as trees
 from jaxspec.caches import Cache, Fresh, Place
-from jaxspec.caches.contiguous import ContiguousCache, encode, value_dtype
+from jaxspec.caches.contiguous import ContiguousCache
 
 WINDOWS = (None, 5, 8)
 ROWS, CAPACITY, KV_HEADS, HEADS, SIZE = 4, 24, 2, 4, 8
@@ -53,8 +53,7 @@ def make(kind, windows=WINDOWS, rows=ROWS, capacity=CAPACITY,
 def poison(cache):
   """A NaN in every slot, as the worst an earlier request may leave."""
   def spoil(buffer):
-    nan = jnp.full(buffer.shape, jnp.nan, value_dtype(buffer))
-    return encode(nan, buffer)
+    return jnp.full_like(buffer, jnp.nan)
   return cache.replace(k=tuple(map(spoil, cache.k)),
                        v=tuple(map(spoil, cache.v)))
 
@@ -269,12 +268,14 @@ def test_on_a_mesh(kind):
 
 
 @every_cache
-@dtypes
 @pytest.mark.parametrize("rows", [1, 8])
-def test_a_loop_keeps_the_cache_in_place(kind, dtype, rows):
-  """Donated to a `while_loop` that attends, commits and releases."""
+def test_a_loop_keeps_the_cache_in_place(kind, rows):
+  """Donated to a `while_loop` that attends, commits and releases.
+
+  In float32: XLA:CPU converts a whole bfloat16 cache to write into it.
+  """
   windows, capacity, size, nodes = (None,) * 4, 512, 32, 4
-  # As leaves: what `lower` reports are no arrays, which fields must hold.
+  dtype = jnp.float32
   leaves, kind_of = jax.tree.flatten(
       make(kind, windows, rows, capacity, dtype, size, page=64))
   shape = (rows, nodes, KV_HEADS, size)
@@ -290,10 +291,7 @@ def test_a_loop_keeps_the_cache_in_place(kind, dtype, rows):
       for layer in range(len(windows)):
         new = query[:, :, :KV_HEADS]
         fresh = fresh.write(layer, 0, new, new)
-        # Of a single row, XLA:CPU transposes the float32 keys for its product,
-        # all layers' at once: that is not the cache's doing.
-        if rows > 1:
-          query = query + cache.attend(layer, query, fresh, at, scale=0.3)
+        query = query + cache.attend(layer, query, fresh, at, scale=0.3)
       kept = jnp.sum(query[:, :, 0, 0] > 0, axis=1, dtype=jnp.int32)
       path = jnp.broadcast_to(jnp.arange(nodes)[None], shape[:2])
       cache = cache.commit(fresh, path, kept)
