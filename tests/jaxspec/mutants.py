@@ -4,11 +4,14 @@
 A tiny model has few enough texts that the law of all of them can be written
 down from plain forward passes. `sample` counts which of them the decoding loop
 produces; `p_value` says how well the two agree. A test of that kind is worth
-what it catches, so every bug of `MUTANTS` must make it fail:
+what it catches, so every bug of `BUGS` must make it fail:
 
   python -m tests.jaxspec.mutants
 
 prints the kill table.
+
+Bugs of draft probabilities, such as a residual that is not renormalised, are
+not among them: the exact verifier has no draft probabilities.
 """
 
 import contextlib
@@ -37,10 +40,13 @@ from jaxspec.verifiers.exact import exact, match
 from tests.jaxspec import warping
 
 VOCAB, LENGTH = 8, 4
-ROWS = 4096
+ROWS = 16384
 PROMPT = (1, 6)
 ALPHA = 1e-6
-TREES = {"chain": chain(2), "tree": branching((2, 1))}
+# A tree, and how noisy its drafts are. The stubborn one always drafts what is
+# likeliest: that pushes a decoder which is too lenient away from the law.
+DRAFTERS = {"chain": (chain(2), 1.0), "tree": (branching((2, 1)), 1.0),
+            "stubborn": (chain(2), 0.0)}
 SAMPLERS = {
     "cool": Options(max_new_tokens=LENGTH, temperature=0.7, top_p=0.8),
     "warm": Options(max_new_tokens=LENGTH, temperature=1.4, top_p=0.95,
@@ -50,6 +56,8 @@ SAMPLERS = {
         max_new_tokens=LENGTH, temperature=0.8, top_p=0.9,
         repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3,
         logit_bias={2: 0.7}),
+    # Nothing is ruled out, so that no answer alone gives a bug away.
+    "open": Options(max_new_tokens=LENGTH, temperature=0.8),
 }
 
 
@@ -112,9 +120,13 @@ class Bigram:
 
   It draws from a table of the last token alone, with the request's own noise,
   as drafters that sample do; siblings take the best, the second best, ...
+
+  Attributes:
+    noise: what the noise is multiplied by.
   """
 
   table: Any
+  noise: Any
   tree: Tree = struct.field(pytree_node=False)
 
   taps = ()
@@ -134,7 +146,8 @@ class Bigram:
     for node, parent in enumerate(self.tree.parents[1:], start=1):
       rank = self.tree.children[parent].tolist().index(node)
       position = seq.length[:, None] + self.tree.depths[parent]
-      noise = sampling.gumbel(request.sampling.key, position, model.vocab)
+      noise = self.noise * sampling.gumbel(
+          request.sampling.key, position, model.vocab)
       best = jnp.argsort(-(self.table[tokens[parent]] + noise[:, 0]), axis=-1)
       tokens.append(best[:, rank].astype(jnp.int32))
     return Proposal(jnp.stack(tokens, axis=1), self.tree), state
@@ -143,11 +156,12 @@ class Bigram:
     return state
 
 
-def bigram(tree: str) -> Bigram:
+def bigram(drafter: str) -> Bigram:
   """Its table: the average of what the model says behind each token."""
   table = [model_logits()[:, 1:][texts()[:, :-1] == token].mean(axis=0)
            for token in range(VOCAB)]
-  return Bigram(jnp.asarray(np.array(table)), TREES[tree])
+  tree, noise = DRAFTERS[drafter]
+  return Bigram(jnp.asarray(np.array(table)), jnp.float32(noise), tree)
 
 
 @dataclasses.dataclass
@@ -159,24 +173,46 @@ class Sample:
   drafted: int
 
 
-def sample(tree: str, sampler: str, size: int, *, mutant: str | None = None,
+def sample(drafter: str, sampler: str, size: int, *, bug: str | None = None,
            seed: int = 0) -> Sample:
-  """Decodes `size` answers with the loop, each from a seed of its own."""
-  drafter, options = bigram(tree), SAMPLERS[sampler]
+  """Decodes `size` answers with the loop, each from a seed of its own.
+
+  Args:
+    bug: one of `BUGS`, "none" for the same program with no bug switched on,
+      or None for the package as it is.
+  """
+  options = SAMPLERS[sampler]
   tokens = np.tile(np.array(PROMPT, np.int32), (ROWS, 1))
   lengths = np.full(ROWS, len(PROMPT), np.int32)
-  prefix = loop.prefill(model(), drafter.taps, tokens, lengths, chunk=64,
+  prefix = loop.prefill(model(), (), tokens, lengths, chunk=64,
                         dtype=jnp.dtype(jnp.float32))
   request = jax.tree.map(
       lambda x: jnp.broadcast_to(x, (ROWS, *x.shape[1:])),
       as_request([options], [len(PROMPT)], (), vocab=VOCAB, stops=1, biases=1))
-  with MUTANTS[mutant]() if mutant else _honest() as verifier:
+  batch = program(with_bugs=bug is not None)
+  number = 0 if bug is None else [*BUGS].index(bug)
+  batches = -(-size // ROWS)
+  found = [jax.device_get(batch(
+      model(), bigram(drafter), prefix, request,
+      np.uint32((seed * batches + i) * ROWS), np.int32(number)))
+           for i in range(batches)]
+  counts, accepted, drafted = (np.sum(x, axis=0) for x in zip(*found))
+  return Sample(counts, int(accepted), int(drafted))
 
-    @jax.jit
-    def batch(model, drafter, prefix, request, number):
-      seeds = jnp.arange(ROWS, dtype=jnp.uint32) + number * jnp.uint32(ROWS)
-      own = request.replace(sampling=request.sampling.replace(
-          key=jax.vmap(jax.random.key)(seeds)))
+
+@functools.cache
+def program(with_bugs: bool) -> Callable:
+  """One batch of answers, compiled once for all samplers and all bugs.
+
+  With bugs in it, an integer says which of them is switched on. So a bug is
+  judged beside a correct decoder that is the very same program.
+  """
+  @jax.jit
+  def batch(model, drafter, prefix, request, first_seed, bug):
+    seeds = jnp.arange(ROWS, dtype=jnp.uint32) + first_seed
+    own = request.replace(sampling=request.sampling.replace(
+        key=jax.vmap(jax.random.key)(seeds)))
+    with planted(bug) if with_bugs else _package() as verifier:
       state = loop.init(
           model, drafter,
           model.init_cache(ContiguousCache, ROWS, 16, jnp.float32),
@@ -185,17 +221,17 @@ def sample(tree: str, sampler: str, size: int, *, mutant: str | None = None,
                           jnp.arange(ROWS), prefix, own)
       state = loop.decode(model, drafter, verifier, state,
                           jnp.int32(2**30), jnp.bool_(True))
-      answer = state.seq.tokens[:, len(PROMPT):len(PROMPT) + LENGTH]
-      cell = answer @ (VOCAB ** jnp.arange(LENGTH)[::-1])
-      return (jnp.zeros(VOCAB**LENGTH, jnp.int32).at[cell].add(1),
-              jnp.sum(state.counters.accepted), jnp.sum(state.counters.nodes))
+    answer = state.seq.tokens[:, len(PROMPT):len(PROMPT) + LENGTH]
+    cell = answer @ (VOCAB ** jnp.arange(LENGTH)[::-1])
+    return (jnp.zeros(VOCAB**LENGTH, jnp.int32).at[cell].add(1),
+            jnp.sum(state.counters.accepted), jnp.sum(state.counters.nodes))
+  return batch
 
-    batches = -(-size // ROWS)
-    found = [jax.device_get(batch(model(), drafter, prefix, request,
-                                  np.uint32(seed * batches + i)))
-             for i in range(batches)]
-  counts, accepted, drafted = (np.sum(x, axis=0) for x in zip(*found))
-  return Sample(counts, int(accepted), int(drafted))
+
+@contextlib.contextmanager
+def _package() -> Iterator[Callable]:
+  # A function of its own, so that no earlier trace is taken for this one.
+  yield lambda *args: exact(*args)
 
 
 def p_value(counts: np.ndarray, probs: np.ndarray) -> float:
@@ -220,163 +256,149 @@ def first_token(cells: np.ndarray) -> np.ndarray:
   return cells.reshape(VOCAB, -1).sum(axis=1)
 
 
-# The bugs. Each is a context in which the loop is traced; it gives a verifier
-# that is a function of its own, so that no trace of another one is reused.
+# The bugs. A verifier, or a change to what some part of the step is given.
 
-@contextlib.contextmanager
-def _honest() -> Iterator[Callable]:
-  yield lambda *args: exact(*args)
-
-
-@contextlib.contextmanager
-def bonus_shift() -> Iterator[Callable]:
+def bonus_shift(proposal, logits, options, positions):
   """The next token is taken from the node before the last accepted one."""
-  def verifier(proposal, logits, options, positions):
-    samples = sampling.draw(logits, options, positions)
-    verdict = match(proposal, samples)
-    before = jnp.take_along_axis(
-        verdict.path, jnp.maximum(verdict.kept - 2, 0)[:, None], axis=1)
-    return verdict.replace(next_token=jnp.take_along_axis(
-        samples, before, axis=1)[:, 0])
-  yield verifier
+  samples = sampling.draw(logits, options, positions)
+  verdict = match(proposal, samples)
+  before = jnp.take_along_axis(
+      verdict.path, jnp.maximum(verdict.kept - 2, 0)[:, None], axis=1)
+  return verdict.replace(next_token=jnp.take_along_axis(
+      samples, before, axis=1)[:, 0])
 
 
-@contextlib.contextmanager
-def stale_keys() -> Iterator[Callable]:
-  """The keys written are those of each accepted node's successor."""
-  honest = ContiguousCache.commit
-
-  def commit(self, fresh: Fresh, path, kept):
-    return honest(self, fresh, jnp.minimum(path + 1, fresh.k[0].shape[1] - 1),
-                  kept)
-  with mock.patch.object(ContiguousCache, "commit", commit):
-    yield lambda *args: exact(*args)
-
-
-@contextlib.contextmanager
-def reused_noise() -> Iterator[Callable]:
+def reused_noise(proposal, logits, options, positions):
   """Every position of a request draws with the same noise."""
-  yield lambda proposal, logits, options, positions: exact(
-      proposal, logits, options, 0 * positions)
+  return exact(proposal, logits, options, 0 * positions)
 
 
-@contextlib.contextmanager
-def warp_order() -> Iterator[Callable]:
-  """Top-p looks at probabilities before temperature."""
-  honest = sampling.warp
-
-  def warp(logits, options, history):
-    cut = honest(logits, options.replace(
-        temperature=jnp.ones_like(options.temperature)), history)
-    return cut / options.temperature[:, None, None]
-  with mock.patch.object(sampling, "warp", warp):
-    yield lambda *args: exact(*args)
-
-
-@contextlib.contextmanager
-def leniency() -> Iterator[Callable]:
+def leniency(proposal, logits, options, positions):
   """Two drafts in a hundred stand although they were not sampled."""
-  def verifier(proposal, logits, options, positions):
-    samples = sampling.draw(logits, options, positions)
-    first = proposal.tree.children[:, 0]
-    child = proposal.tokens[:, np.maximum(first, 0)]
-    key = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
-        options.key, positions + 1000)
-    lucky = jax.vmap(jax.vmap(jax.random.uniform))(key) < 0.02
-    return match(proposal, jnp.where(lucky & (first >= 0)[None], child,
-                                     samples))
-  yield verifier
+  samples = sampling.draw(logits, options, positions)
+  first = proposal.tree.children[:, 0]
+  child = proposal.tokens[:, np.maximum(first, 0)]
+  key = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
+      options.key, positions + 1000)
+  lucky = jax.vmap(jax.vmap(jax.random.uniform))(key) < 0.02
+  return match(proposal, jnp.where(lucky & (first >= 0)[None], child,
+                                   samples))
 
 
-@contextlib.contextmanager
-def filter_skipped() -> Iterator[Callable]:
-  """Verification forgets top-k, top-p and min-p."""
-  with _verify_with(lambda options: options.replace(
-      top_k=0 * options.top_k, top_p=jnp.ones_like(options.top_p),
-      min_p=0 * options.min_p)):
-    yield lambda *args: exact(*args)
-
-
-@contextlib.contextmanager
-def wrong_temperature() -> Iterator[Callable]:
-  """Verification forgets the temperature."""
-  with _verify_with(lambda options: options.replace(
-      temperature=jnp.ones_like(options.temperature))):
-    yield lambda *args: exact(*args)
-
-
-@contextlib.contextmanager
-def any_sibling() -> Iterator[Callable]:
+def any_sibling(proposal, logits, options, positions):
   """Where one sibling was sampled, the first of them is taken."""
-  def verifier(proposal, logits, options, positions):
-    samples = sampling.draw(logits, options, positions)
-    children = proposal.tree.children                              # [N W]
-    tokens = jnp.where((children >= 0)[None],
-                       proposal.tokens[:, np.maximum(children, 0)], -1)
-    hit = jnp.any(tokens == samples[..., None], axis=-1)
-    return match(proposal, jnp.where(hit, tokens[..., 0], samples))
-  yield verifier
+  samples = sampling.draw(logits, options, positions)
+  children = proposal.tree.children                              # [N W]
+  tokens = jnp.where((children >= 0)[None],
+                     proposal.tokens[:, np.maximum(children, 0)], -1)
+  hit = jnp.any(tokens == samples[..., None], axis=-1)
+  return match(proposal, jnp.where(hit, tokens[..., 0], samples))
 
 
-@contextlib.contextmanager
-def noise_by_node() -> Iterator[Callable]:
+def noise_by_node(proposal, logits, options, positions):
   """Noise depends on the node, not on the position alone.
 
   The one bug here that no law can show, because each token is still a fair
   sample; it breaks "same seed, same tokens", and the test of that kills it.
   """
-  def verifier(proposal, logits, options, positions):
-    node = jnp.arange(proposal.tree.size)[None]
-    return exact(proposal, logits, options, positions * 64 + node)
-  yield verifier
+  node = jnp.arange(proposal.tree.size)[None]
+  return exact(proposal, logits, options, positions * 64 + node)
+
+
+def stale_keys(path, nodes):
+  """The keys written are those of each accepted node's successor."""
+  return jnp.minimum(path + 1, nodes - 1)
+
+
+def filter_skipped(options):
+  """Verification forgets top-k, top-p and min-p."""
+  return options.replace(
+      top_k=0 * options.top_k, top_p=jnp.ones_like(options.top_p),
+      min_p=0 * options.min_p)
+
+
+def wrong_temperature(options):
+  """Verification forgets the temperature."""
+  return options.replace(temperature=jnp.ones_like(options.temperature))
+
+
+def warp_order(warp, logits, options, history):
+  """Top-p looks at probabilities before temperature."""
+  cut = warp(logits, wrong_temperature(options), history)
+  return cut / options.temperature[:, None, None]
+
+
+BUGS: dict[str, Callable] = {
+    "none": exact,
+    **{f.__name__: f for f in (
+        bonus_shift, reused_noise, leniency, any_sibling, noise_by_node,
+        stale_keys, filter_skipped, wrong_temperature, warp_order)}}
+VERIFIERS = 6                        # so many of them, from the first on
+# A chain has no siblings, and the other is not a matter of law.
+HARMLESS = {("any_sibling", "chain"), ("any_sibling", "stubborn"),
+            *(("noise_by_node", drafter) for drafter in DRAFTERS)}
 
 
 @contextlib.contextmanager
-def _verify_with(change: Callable) -> Iterator[None]:
-  honest = stages.verify
+def planted(bug: Any) -> Iterator[Callable]:
+  """The step with every bug in it, of which number `bug` is switched on."""
+  warp, verify, commit = sampling.warp, stages.verify, ContiguousCache.commit
 
-  def verify(verifier, state, proposal, scores) -> Verdict:
-    changed = state.replace(request=state.request.replace(
-        sampling=change(state.request.sampling)))
-    return honest(verifier, changed, proposal, scores)
-  with mock.patch.object(stages, "verify", verify):
-    yield
+  def when(name, changed, honest):
+    on = bug == [*BUGS].index(name)
+    return jax.tree.map(lambda c, h: jnp.where(on, c, h), changed, honest)
 
+  def buggy_warp(logits, options, history):
+    return when("warp_order", warp_order(warp, logits, options, history),
+                warp(logits, options, history))
 
-MUTANTS: dict[str, Callable[[], Any]] = {
-    f.__name__: f for f in (
-        bonus_shift, stale_keys, reused_noise, warp_order, leniency,
-        filter_skipped, wrong_temperature, any_sibling, noise_by_node)}
-# A chain has no siblings, and the fourth is not a matter of law.
-HARMLESS = {("any_sibling", "chain"), ("noise_by_node", "chain"),
-            ("noise_by_node", "tree")}
+  def buggy_verify(verifier, state, proposal, scores) -> Verdict:
+    options = state.request.sampling
+    for change in (filter_skipped, wrong_temperature):
+      options = when(change.__name__, change(options), options)
+    return verify(verifier, state.replace(
+        request=state.request.replace(sampling=options)), proposal, scores)
+
+  def buggy_commit(self, fresh: Fresh, path, kept):
+    nodes = fresh.k[0].shape[1]
+    return commit(self, fresh,
+                  when("stale_keys", stale_keys(path, nodes), path), kept)
+
+  def verifier(*args):
+    return jax.lax.switch(jnp.where(bug < VERIFIERS, bug, 0),
+                          [*BUGS.values()][:VERIFIERS], *args)
+
+  with (mock.patch.object(sampling, "warp", buggy_warp),
+        mock.patch.object(stages, "verify", buggy_verify),
+        mock.patch.object(ContiguousCache, "commit", buggy_commit)):
+    yield verifier
 
 
 def kill_table(size: int, sampler: str = "cool") -> list[tuple]:
-  """`(mutant, tree, p of the joint law, p of the first token)` of each."""
-  return [judge(mutant, tree, size, sampler)
-          for mutant, tree in itertools.product([None, *MUTANTS], TREES)]
+  """`(bug, drafter, p of the joint law, p of the first token)` of each."""
+  return [judge(bug, drafter, size, sampler)
+          for bug, drafter in itertools.product(BUGS, DRAFTERS)]
 
 
 @functools.cache
-def judge(mutant: str | None, tree: str, size: int,
-          sampler: str = "cool") -> tuple[str | None, str, float, float]:
+def judge(bug: str | None, drafter: str, size: int, sampler: str = "cool"
+          ) -> tuple[str | None, str, float, float]:
   """One row of the table."""
-  found = sample(tree, sampler, size, mutant=mutant)
-  return (mutant, tree, p_value(found.counts, law(sampler)),
+  found = sample(drafter, sampler, size, bug=bug)
+  return (bug, drafter, p_value(found.counts, law(sampler)),
           p_value(first_token(found.counts), first_token(law(sampler))))
 
 
 def show(rows: list[tuple], file: Any = None) -> None:
   """Prints the table."""
-  print(f"{'mutant':18} {'drafter':8} {'joint law':>10} {'first token':>12}",
+  print(f"{'bug':18} {'drafter':8} {'joint law':>10} {'first token':>12}",
         file=file)
-  for mutant, tree, joint, first in rows:
+  for bug, drafter, joint, first in rows:
     word = ("killed" if joint < ALPHA else
-            "not a matter of law" if (mutant, tree) in HARMLESS else
-            "survives" if mutant is None else "SURVIVES")
-    print(f"{mutant or 'none':18} {tree:8} {joint:10.2g} {first:12.2g}  {word}",
-          file=file)
+            "not a matter of law" if (bug, drafter) in HARMLESS else
+            "stands" if bug in (None, "none") else "SURVIVES")
+    print(f"{bug or 'the package':18} {drafter:8} {joint:10.2g} {first:12.2g}"
+          f"  {word}", file=file)
 
 
 if __name__ == "__main__":
