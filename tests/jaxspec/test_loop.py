@@ -2,8 +2,9 @@
 """The loop around the step: prefill, insert, decode, release, stream.
 
 Held here: refilled rows answer as fresh ones and disturb nobody; the host gets
-control back when it asked for it; `stream` replayed equals `decode`, and what
-it says too early is flagged; counts reconcile.
+control back when it asked for it; a row for which the cache has no room ends;
+`stream` replayed equals `decode`, and what it says too early is flagged; counts
+reconcile.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxspec import loop
+from jaxspec.caches.paged import PagedCache
 from jaxspec.drafters.autoregressive import Autoregressive
 from jaxspec.profiling import count_compiles
 from jaxspec.tree import branching, chain
@@ -110,6 +112,57 @@ def test_released_rows_are_forgotten(small, plain, oracle):
   state = batches.finish(small, oracle, state)
   assert batches.answers(state)[0] == batches.answers(plain)[0]
   assert batches.answers(state)[2] == batches.answers(plain)[2]
+
+
+def scarce(model, drafter, pages):
+  """Four rows of up to 32 positions, and a few pages of two."""
+  @jax.jit
+  def make(model, drafter):
+    cache = model.init_cache(PagedCache, 4, 32, jnp.float32, page=2,
+                             pages=pages)
+    return loop.init(model, drafter, cache, capacity=64, stops=4, biases=4)
+  return make(model, drafter)
+
+
+def test_a_row_without_room_ends(small, plain, oracle):
+  """It says what it can, corrupts nothing, and is counted rightly."""
+  whole = batches.answers(plain)
+  state = batches.refill(small, oracle, scarce(small, oracle, 53), range(4),
+                         PROMPTS, OPTIONS)
+  assert not state.done.any()
+  batches.check_cache(small, state)
+  state = batches.finish(small, oracle, state, steps=100)
+  assert state.done.all()
+  answers = batches.answers(state)
+  lengths = [len(answer) for answer in answers]
+  assert answers == [w[:n] for w, n in zip(whole, lengths)]
+  # The second outgrows its 32 positions; the fourth was promised no pages,
+  # and the others take all that there are.
+  assert lengths[0] == len(whole[0]) and lengths[2] == len(whole[2])
+  assert 1 < lengths[1] < len(whole[1]) and lengths[3] < len(whole[3])
+  assert state.seq.cache.starved.tolist() == [False, True, False, True]
+  batches.check_cache(small, state)
+  counters = state.counters
+  emitted = 1 + counters.passes + counters.accepted.sum(axis=1)
+  assert emitted.tolist() == lengths
+  assert batches.accepted(state) > 0
+  # Released, its pages serve whoever comes.
+  state = loop.release(state, np.ones(4, bool))
+  state = batches.refill(small, oracle, state, range(4), PROMPTS[::-1],
+                         OPTIONS[::-1])
+  assert not state.done.any()
+
+
+def test_a_prompt_without_room_ends_with_its_first_token(small, plain):
+  state = batches.refill(
+      small, Autoregressive(), scarce(small, Autoregressive(), 17), range(4),
+      PROMPTS, OPTIONS)
+  # Of 16 pages, 15 are promised to the first; the others need 6, 9 and 6.
+  assert state.done.tolist() == [False, True, True, True]
+  state = batches.finish(small, Autoregressive(), state, steps=100)
+  assert state.done.all()
+  first, *others = batches.answers(plain)
+  assert batches.answers(state) == [first, *(w[:1] for w in others)]
 
 
 def test_stream_replayed_equals_decode(small, plain, oracle):

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from jaxspec.caches.contiguous import ContiguousCache
 from jaxspec.caches.fresh import Fresh
 from jaxspec.caches.paged import PagedCache
+from jaxspec.errors import InputError
 
 ROWS, PAGE, CAPACITY, PAGES, COUNT = 4, 3, 12, 11, 5
 
@@ -222,6 +223,28 @@ def test_who_is_admitted_never_starves():
     check(cache)
   assert int(cache.length[0]) == CAPACITY
   np.testing.assert_array_equal(cache.starved, [False, True, True, True])
+
+
+def test_how_many_fit():
+  """In order, by what is not promised; pages of others do not count."""
+  cache = empty()                              # ten pages of three positions
+  assert cache.fits([]) == 0
+  assert cache.fits([CAPACITY, CAPACITY, 6, 1]) == 3
+  assert cache.fits([CAPACITY, CAPACITY, 7, 1]) == 2
+  cache = insert(cache, 0, [1], 7)
+  assert cache.fits([CAPACITY, 9, 1]) == 2
+  assert cache.fits([CAPACITY, CAPACITY]) == 1
+  assert insert(cache, 1, list(range(CAPACITY)), CAPACITY).fits([10]) == 0
+  assert release(cache, 0).fits([CAPACITY, CAPACITY, 6]) == 3
+
+
+@pytest.mark.parametrize("sizes, words", [
+    (dict(page=0), "page must be at least 1, got 0"),
+    (dict(page=5, pages=3), "pages must be at least 4 to hold one row of 12 "
+                            "tokens, got 3")])
+def test_a_pool_holds_at_least_one_row(sizes, words):
+  with pytest.raises(InputError, match=words):
+    PagedCache.empty((None,), ROWS, CAPACITY, 1, 1, jnp.float32, **sizes)
 
 
 def test_forks_that_swap_rows():
