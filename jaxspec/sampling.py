@@ -19,6 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from jaxspec import sharding
 
+_COLDEST, _LEAST_MASS = 1e-30, 1e-30
+
 
 @struct.dataclass
 class Sampling:
@@ -80,6 +82,9 @@ def warp(logits: Float[Array, "B N V"], sampling: Sampling,
   """
   logits = logits.astype(jnp.float32)
   sampled = sampling.temperature > 0
+  # Below the floor good tokens would all become infinite, and alike.
+  temperature = jnp.where(
+      sampled, jnp.maximum(sampling.temperature, _COLDEST), 1)
   biased = jnp.any(sampling.bias_ids >= 0)
   penalised = jnp.any((sampling.repetition != 1) | (sampling.presence != 0)
                       | (sampling.frequency != 0))
@@ -95,7 +100,7 @@ def warp(logits: Float[Array, "B N V"], sampling: Sampling,
       x = lax.cond(biased, _add_bias, lambda x, _: x, x, sampling)
       x = lax.cond(penalised, _penalise, lambda x, *_: x, x, n, sampling,
                    history, said)
-      x = x / jnp.where(sampled, sampling.temperature, 1)[:, None, None]
+      x = x / temperature[:, None, None]
       x = lax.cond(cut, _cut, lambda x, _: x, x, sampling)
       return lax.dynamic_update_slice_in_dim(all_nodes, x, n, axis=1)
 
@@ -212,7 +217,9 @@ def _cut(logits, sampling):
   logits = jnp.where(rank >= threshold[..., None], logits, -jnp.inf)
   # Top-p, of what top-k left: the largest threshold whose mass reaches p.
   probs = jax.nn.softmax(logits, axis=-1)
-  mass = off((sampling.top_p < 1) & ~greedy, sampling.top_p)
+  # (A share too small for a float32 still means the likeliest token.)
+  mass = off((sampling.top_p < 1) & ~greedy,
+             jnp.maximum(sampling.top_p, _LEAST_MASS))
   threshold = _bisect(
       lambda t: jnp.sum(jnp.where(rank >= t[..., None], probs, 0.0), axis=-1)
       >= mass,
@@ -226,6 +233,7 @@ def _cut(logits, sampling):
 
 def _sortable(x: Float[Array, "..."]) -> UInt32[Array, "..."]:
   """Maps float32 to integers of the same order."""
+  x = jnp.where(x == 0, 0.0, x)       # zero has two signs
   bits = lax.bitcast_convert_type(x, jnp.uint32)
   return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
