@@ -64,12 +64,18 @@ class Options:
     _real("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
     _real("presence_penalty", self.presence_penalty, -100, 100)
     _real("frequency_penalty", self.frequency_penalty, -100, 100)
+    if not isinstance(self.logit_bias, Mapping):
+      raise InputError("logit_bias must map token ids to numbers, "
+                       f"got {self.logit_bias!r}")
     for bias in self.logit_bias.values():
       _real("logit_bias", bias, -1e9, 1e9)
-    if isinstance(self.stop, str) or not all(
+    if not isinstance(self.stop, list | tuple) or not all(
         isinstance(s, str) and s for s in self.stop):
       raise InputError("stop must be a sequence of non-empty strings, "
                        f"got {self.stop!r}")
+    if not isinstance(self.stop_token_ids, list | tuple):
+      raise InputError("stop_token_ids must be a sequence of token ids, "
+                       f"got {self.stop_token_ids!r}")
 
 
 def as_request(options: Sequence[Options], lengths: Sequence[int],
@@ -138,7 +144,8 @@ def _whole(name: str, value: int, low: int, high: int) -> None:
 
 def _real(name: str, value: float, low: float, high: float,
           above: bool = False) -> None:
-  number = isinstance(value, int | float) and not isinstance(value, bool)
+  number = (isinstance(value, int | float | np.integer | np.floating)
+            and not isinstance(value, bool))
   if not number or not math.isfinite(value) or not low <= value <= high or (
       above and value == low):
     bracket = "(" if above else "["
