@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tree_attention` against its definition, in float64 and one head at a time.
+
+Held here: prefixes shorter, as long as and longer than the blocks a CPU reads,
+and no multiple of them; rows of every length; slots in any order; pages in any
+order; windows, soft caps, masks by row, grouped heads, half precision; what a
+slot without a position holds never matters.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from pallas_kernels import tree_attention
+from pallas_kernels.attention import xla
+from pallas_kernels.attention.xla import BLOCK
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+ROWS, TOKENS, NODES, SIZE = 4, 3, 5, 8
+
+
+def reference(query, key, value, fresh_key, fresh_value, *, slot_positions,
+              positions, fresh_positions, mask, scale, window=None,
+              logits_soft_cap=None):
+  """The definition: for each token and head, a softmax over what it sees."""
+  rows, tokens, heads, _ = query.shape
+  groups = key.shape[1]
+  mask = np.broadcast_to(mask, (rows, *mask.shape[-2:]))
+  out = np.zeros(query.shape)
+  for b, t, h in np.ndindex(rows, tokens, heads):
+    g = h // (heads // groups)
+    first = -1 if window is None else positions[b, t] - window
+    held = slot_positions[b]
+    seen = (held >= 0) & (held > first)
+    fresh = mask[b, t] & (fresh_positions[b] > first)
+    keys = np.concatenate([key[b, g][seen], fresh_key[b, :, g][fresh]])
+    values = np.concatenate([value[b, g][seen], fresh_value[b, :, g][fresh]])
+    scores = keys.astype(np.float64) @ query[b, t, h].astype(np.float64)
+    scores *= scale
+    if logits_soft_cap is not None:
+      scores = logits_soft_cap * np.tanh(scores / logits_soft_cap)
+    weights = np.exp(scores - scores.max())
+    out[b, t, h] = weights / weights.sum() @ values.astype(np.float64)
+  return out
+
+
+def case(slots, lengths=None, *, heads=4, groups=2, start=1, by_row=False,
+         ring=False, seed=0):
+  """Arrays for tokens `start ... start + TOKENS` of NODES fresh ones.
+
+  Args:
+    by_row: a mask for each row.
+    ring: whether slots hold their positions in another order.
+  """
+  rng = np.random.default_rng([seed, slots])
+
+  def normal(*shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+  if lengths is None:
+    lengths = [0, slots // 2, max(slots - 1, 0), slots]
+  lengths = np.array(lengths)
+  held = np.where(np.arange(slots)[None] < lengths[:, None],
+                  np.arange(slots)[None], -1)
+  if ring:
+    held = rng.permuted(held, axis=1)
+  key, value = normal(ROWS, groups, slots, SIZE), normal(
+      ROWS, groups, slots, SIZE)
+  # What stands in free slots is left over from others, and large.
+  for x in (key, value):
+    x[np.broadcast_to((held < 0)[:, None], x.shape[:3])] = 1e4
+  depths = np.array([0, 1, 1, 2, 2])
+  fresh_positions = lengths[:, None] + depths[None]
+  mask = rng.random((ROWS, NODES, NODES)) < 0.5
+  mask |= np.eye(NODES, dtype=bool)
+  mask = mask if by_row else mask[0]
+  arrays = (normal(ROWS, TOKENS, heads, SIZE) * 2, key, value,
+            normal(ROWS, NODES, groups, SIZE),
+            normal(ROWS, NODES, groups, SIZE))
+  places = dict(
+      slot_positions=held.astype(np.int32),
+      positions=fresh_positions[:, start:start + TOKENS].astype(np.int32),
+      fresh_positions=fresh_positions.astype(np.int32),
+      mask=mask[..., start:start + TOKENS, :])
+  return arrays, places
+
+
+def attend(arrays, places, **options):
+  return tree_attention(*map(jnp.asarray, arrays),
+                        **jax.tree.map(jnp.asarray, places),
+                        **{"scale": 0.4, **options})
+
+
+def check(arrays, places, **options):
+  options.setdefault("scale", 0.4)
+  found = attend(arrays, places, **options)
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(
+      found, reference(*arrays, **places, **options), atol=2e-5)
+  return np.asarray(found)
+
+
+@pytest.mark.parametrize("slots", [
+    0, 1, 5, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + 37, 2 * BLOCK,
+    2 * BLOCK + 60])
+def test_lengths_of_the_prefix(slots):
+  check(*case(slots))
+  if slots > BLOCK:
+    # Same program; rows that end within, at and behind every block.
+    for lengths in ([0, 0, 0, 0], [0, 0, 1, 0], [BLOCK - 1, 0, 2, BLOCK],
+                    [slots, BLOCK + 1, BLOCK, 3]):
+      check(*case(slots, lengths))
+
+
+@pytest.mark.parametrize("window", [1, 2, 9, BLOCK, 400])
+def test_windows(window):
+  whole = check(*case(200, [0, 3, 150, 200]))
+  found = check(*case(200, [0, 3, 150, 200]), window=window)
+  assert (np.abs(found - whole).max() < 1e-6) == (window > 200)
+
+
+@pytest.mark.parametrize("slots", [20, 200])
+@pytest.mark.parametrize("options", [
+    {}, {"window": 11}, {"logits_soft_cap": 1.5},
+    {"window": 11, "logits_soft_cap": 1.5}])
+def test_slots_in_any_order(slots, options):
+  check(*case(slots, [0, 7, slots - 3, slots], ring=True), **options)
+
+
+def test_the_soft_cap_and_the_scale_matter():
+  plain = check(*case(20))
+  for options in ({"logits_soft_cap": 1.5}, {"scale": 0.1}):
+    assert np.abs(check(*case(20), **options) - plain).max() > 0.01
+
+
+@pytest.mark.parametrize("heads, groups", [(4, 4), (6, 2), (8, 1), (1, 1)])
+@pytest.mark.parametrize("slots", [20, 200])
+def test_grouped_heads(heads, groups, slots):
+  check(*case(slots, heads=heads, groups=groups))
+
+
+@pytest.mark.parametrize("slots", [20, 200])
+def test_masks_by_row(slots):
+  arrays, places = case(slots, by_row=True)
+  found = check(arrays, places)
+  # A row's own mask, not another's.
+  places["mask"] = np.roll(places["mask"], 1, axis=0)
+  assert np.abs(check(arrays, places) - found).max() > 0.01
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_tokens_stand_anywhere_among_the_nodes(start):
+  check(*case(20, start=start), window=4)
+
+
+def test_rows_do_not_feel_their_neighbours():
+  """How far the longest row goes does not change the others."""
+  arrays, places = case(300, [40, 40, 40, 300])
+  found = np.asarray(attend(arrays, places))
+  held = places["slot_positions"].copy()
+  held[3] = -1
+  alone = attend(arrays, {**places, "slot_positions": held})
+  np.testing.assert_allclose(alone[:3], found[:3], atol=1e-6)
+  assert np.abs(alone[3] - found[3]).max() > 0.01
+
+
+@pytest.mark.parametrize("slots", [20, 200])
+def test_half_precision(slots):
+  """Scores and sums are float32: the error is that of the inputs."""
+  arrays, places = case(slots)
+  half = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+  found = attend(half, places)
+  assert found.dtype == jnp.bfloat16
+  wanted = reference(*(np.asarray(x, np.float32) for x in half), **places,
+                     scale=0.4)
+  np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=3e-2)
+  # A float32 query of half-precision keys comes back in float32.
+  query = attend([arrays[0], *half[1:]], places)
+  assert query.dtype == jnp.float32
+  np.testing.assert_allclose(query, wanted, atol=3e-2)
+
+
+def paged(arrays, places, page, rng):
+  """The same prefix in a pool of pages, in an order of its own."""
+  query, key, value, *fresh = arrays
+  held = places["slot_positions"]
+  rows, groups, slots, size = key.shape
+  each = slots // page
+  numbers = rng.permutation(rows * each)
+  pools = []
+  for x in (key, value):
+    # Whatever earlier owners left behind, a NaN included.
+    x = np.where((held >= 0)[:, None, :, None], x, np.nan)
+    x = x.reshape(rows, groups, each, page, size).transpose(0, 2, 1, 3, 4)
+    pool = np.full((rows * each + 1, groups, page, size), np.nan, np.float32)
+    pool[numbers] = x.reshape(-1, groups, page, size)
+    pools.append(pool)
+  return (query, *pools, *fresh), numbers.reshape(rows, each).astype(np.int32)
+
+
+@pytest.mark.parametrize("page, pages", [(4, 3), (16, 20), (64, 3), (200, 2)])
+@pytest.mark.parametrize("backend", ["cpu", "other"])
+def test_pages(page, pages, backend, monkeypatch):
+  """In blocks of pages, as on a CPU, and at once, as elsewhere."""
+  slots = page * pages
+  function = tree_attention
+  if backend == "other":
+    monkeypatch.setattr(
+        lax, "platform_dependent",
+        lambda *args, cpu, default: default(*args))
+    function = functools.partial(xla.tree_attention.__wrapped__, window=None,
+                                 logits_soft_cap=None)
+  function = jax.jit(functools.partial(function, scale=0.4))
+  for lengths in ([0, slots // 2, slots - 1, slots], [1, 0, page, page - 1]):
+    arrays, places = case(slots, lengths)
+    wanted = reference(*arrays, **places, scale=0.4)
+    arrays, table = paged(arrays, places, page, np.random.default_rng(page))
+    np.testing.assert_allclose(function(*arrays, **places, table=table),
+                               wanted, atol=2e-5)
+
+
+def test_other_backends_read_a_long_prefix_at_once(monkeypatch):
+  monkeypatch.setattr(lax, "platform_dependent",
+                      lambda *args, cpu, default: default(*args))
+  arrays, places = case(300)
+  found = jax.jit(functools.partial(
+      xla.tree_attention.__wrapped__, scale=0.4, window=50, table=None,
+      logits_soft_cap=None))(*arrays, **places)
+  np.testing.assert_allclose(
+      found, reference(*arrays, **places, scale=0.4, window=50), atol=2e-5)
