@@ -159,8 +159,9 @@ def test_mixed_requests_compile_nothing_and_change_no_token(
 
 
 def test_order_does_not_matter(drafted, many, told):
-  """Each prompt in another row, beside others than before."""
-  order = np.random.default_rng(1).permutation(200)[:50]
+  """Each in another row, beside others, and inserted together with them."""
+  short = [i for i, prompt in enumerate(many[0]) if len(prompt) <= 16]
+  order = np.random.default_rng(1).permutation(short)
   found = drafted.generate([many[0][i] for i in order],
                            [many[1][i] for i in order])
   same(found, [told[i] for i in order])
@@ -261,6 +262,10 @@ def test_stop_strings_cut_where_the_text_says(plain, drafted):
     assert "".join(pieces.get(index, [])) == completion.text
   assert max(map(len, pieces.values())) > 1
   assert sum(c.stats.dropped for c in found) > 0
+  # A stream says no part of a stop string either, not even for a while.
+  for prompt, option, (text, *_) in zip(prompts, asked, wanted):
+    events = drafted.stream(prompt, option)
+    assert "".join(e.text for e in events if e.settled) == text
   # Each is reported once, as it is returned.
   assert sorted(i for i, _ in ended) == list(range(12))
   assert all(completion is found[i] for i, completion in ended)

@@ -116,8 +116,12 @@ def test_limit_inside_a_block(small, plain):
 @pytest.mark.parametrize("kind", batches.cache_kinds())
 def test_finished_rows_are_untouched(small, plain, kind):
   drafter = Scripted(doubtful(batches.truth(plain), 0.3), LATE, LAST)
+  answers = batches.answers(plain)
   options = [dataclasses.replace(o, max_new_tokens=n, logprobs=True)
-             for o, n in zip(MIXED, (24, 3, 1, 24))]
+             for o, n in zip(MIXED, (24, 24, 1, 24))]
+  # One ends where it might have gone on.
+  options[1] = dataclasses.replace(options[1],
+                                   stop_token_ids=(answers[1][2],))
   state = batches.begin(small, drafter, PROMPTS, options, kind=kind)
   state = batches.finish(small, drafter, state, steps=3)
   assert state.done.tolist() == [False, True, True, False]
