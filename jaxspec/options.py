@@ -2,7 +2,6 @@
 """What a request may ask for, checked once, and as the arrays a row carries."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -146,8 +145,7 @@ def _real(name: str, value: float, low: float, high: float,
           above: bool = False) -> None:
   number = (isinstance(value, int | float | np.integer | np.floating)
             and not isinstance(value, bool))
-  if not number or not math.isfinite(value) or not low <= value <= high or (
-      above and value == low):
+  if not number or not low <= value <= high or (above and value == low):
     bracket = "(" if above else "["
     raise InputError(
         f"{name} must be in {bracket}{low:g}, {high:g}], got {value!r}")
