@@ -7,8 +7,8 @@ changes while decoding is the plain pytrees of `jaxspec.caches`.
 
 How layers are stored (the one decision, measured by
 `experiments/layer_storage.py`): **each layer owns its arrays, and `extend`
-unrolls them**. A scan over a stack costs XLA:CPU a copy of every layer's
-weights a token, and a static slice `stack[a:b]`, which early exit needs, is a
+unrolls them**. A scan over a stack costs XLA:CPU a copy of all bfloat16 weights
+a token, and a static slice `stack[a:b]`, which early exit needs, is a
 copy on every backend. A list costs nothing at run time on any of them, makes
 `layers=range(a, b)` free, and lets a sliding-window layer keep a smaller cache
 than a global one. The price is compile time, linear in the depth; the

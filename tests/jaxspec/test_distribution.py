@@ -42,7 +42,7 @@ def check(drafter: str, sampler: str, size: int) -> None:
   assert found.drafted - found.accepted > size // 2
   joint = mutants.p_value(found.counts, law)
   _rows.append((None, drafter, joint, mutants.p_value(
-      mutants.first_token(found.counts), mutants.first_token(law))))
+      mutants.beginning(found.counts), mutants.beginning(law))))
   assert joint > ALPHA
 
 
