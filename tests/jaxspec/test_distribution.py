@@ -23,6 +23,8 @@ import pytest
 from tests.jaxspec import mutants
 from tests.jaxspec.mutants import ALPHA, BUGS, DRAFTERS, HARMLESS, ROWS
 
+SAMPLES = 2 * ROWS                   # of a bug
+
 _rows: list[tuple] = []
 
 
@@ -86,32 +88,31 @@ def test_the_answer_is_a_function_of_the_seed():
   assert np.any(other_seeds.counts != chain)
 
 
-@pytest.mark.parametrize("drafter", ["chain", "tree"])
-def test_mutants_are_killed(drafter):
-  survivors = []
-  for bug in BUGS:
-    row = mutants.judge(bug, drafter, ROWS)
-    _rows.append(row)
-    healthy = bug == "none" or (bug, drafter) in HARMLESS
-    if healthy != (row[2] > ALPHA):
-      survivors.append(row)
-  assert not survivors
+@pytest.mark.parametrize("bug", BUGS)
+def test_mutants_are_killed(bug):
+  row = mutants.judge(bug, "tree", SAMPLES)
+  _rows.append(row)
+  healthy = bug == "none" or (bug, "tree") in HARMLESS
+  assert healthy == (row[2] > ALPHA)
 
 
-@pytest.mark.parametrize("drafter", ["chain", "tree"])
-def test_no_bug_planted_is_the_package(drafter):
+def test_no_bug_planted_is_the_package():
   """What the bugs are judged beside decodes what the package decodes."""
   np.testing.assert_array_equal(
-      mutants.sample(drafter, "cool", ROWS, bug="none").counts,
-      mutants.sample(drafter, "cool", ROWS).counts)
+      mutants.sample("tree", "cool", ROWS, bug="none").counts,
+      mutants.sample("tree", "cool", ROWS).counts)
 
 
 def test_two_percent_leniency_is_seen_where_nothing_is_ruled_out():
-  """Elsewhere an answer that cannot be gives it away; here the law must."""
-  rows = [mutants.judge(bug, "stubborn", 2**18, "open")
-          for bug in ("none", "leniency")]
-  _rows.extend(rows)
-  (*_, honest, _), (*_, lenient, _) = rows
+  """Elsewhere an answer that cannot be gives it away; here the law must.
+
+  Of two tokens: fewer cells, of which each has more to say.
+  """
+  law = mutants.beginning(mutants.law("open"), 2)
+  honest, lenient = (
+      mutants.p_value(mutants.beginning(mutants.sample(
+          "stubborn", "open", 2**17, bug=bug).counts, 2), law)
+      for bug in ("none", "leniency"))
   assert honest > ALPHA > lenient > 0
 
 
@@ -119,7 +120,7 @@ def test_two_percent_leniency_is_seen_where_nothing_is_ruled_out():
     bug for bug in BUGS if bug != "none" and (bug, "tree") not in HARMLESS])
 def test_a_first_token_test_is_blind(bug):
   """What most projects test would pass every one of these decoders."""
-  joint, first = mutants.judge(bug, "tree", ROWS)[2:]
+  joint, first = mutants.judge(bug, "tree", SAMPLES)[2:]
   assert joint < ALPHA
   assert first > 1e-3
 
@@ -145,11 +146,12 @@ def test_kill_table(sampler):
     _rows.append(row)
     bug, drafter, joint, _ = row
     silent = bug == "none" or (bug, drafter) in HARMLESS
-    if sampler == "open":
-      # No filter can be skipped or come too early, and drafts with the
-      # request's own noise are too near the law for two in a hundred.
-      silent |= bug in ("filter_skipped", "warp_order")
-      silent |= bug == "leniency" and drafter != "stubborn"
+    # Where there is no filter, none can be skipped or come too early.
+    silent |= sampler == "open" and bug in ("filter_skipped", "warp_order")
+    # Where no answer that is ruled out gives it away, leniency needs the test
+    # above, which has fewer cells.
+    if bug == "leniency" and (sampler == "open" or drafter == "stubborn"):
+      continue
     if silent != (joint > ALPHA):
       survivors.append(row)
   assert not survivors, survivors
