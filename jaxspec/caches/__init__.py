@@ -14,10 +14,11 @@ import inspect
 import pkgutil
 from typing import Any
 
+from jaxspec import naming
 from jaxspec.caches.fresh import Cache as Cache
 from jaxspec.caches.fresh import Fresh as Fresh
 from jaxspec.caches.fresh import Place as Place
-from jaxspec.errors import InputError, nearest
+from jaxspec.errors import InputError
 
 
 def kinds() -> dict[str, Any]:
@@ -45,23 +46,12 @@ def parse(text: str) -> tuple[Any, dict[str, int]]:
   Raises:
     InputError: there is no such cache, option or number.
   """
-  name, _, options = text.partition(":")
   known = kinds()
-  if name not in known:
-    raise InputError(f"cache {name!r} is unknown; there are "
-                     f"{', '.join(known)}.{nearest(name, known)}")
+  name, options = naming.choose("cache", text, known)
   parameters = inspect.signature(known[name].empty).parameters.values()
   settings = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-  values = {}
-  for option in filter(None, options.split(",")):
-    key, separator, value = option.partition("=")
-    if key not in settings or not separator:
-      raise InputError(
-          f"cache {name} has no option {option!r}; it has "
-          f"{', '.join(settings) or 'none'}.{nearest(key, settings)}")
-    try:
-      values[key] = int(value)
-    except ValueError as e:
-      raise InputError(f"{name}: {key} must be a whole number, "
-                       f"got {value!r}") from e
+  values = naming.options(f"cache {name}", options, settings)
+  for key, value in values.items():
+    if not isinstance(value, int) or isinstance(value, bool):
+      raise InputError(f"{name}: {key} must be a whole number, got {value!r}")
   return known[name], values

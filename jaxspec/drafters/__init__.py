@@ -5,12 +5,11 @@ Each file holds one class whose name is the file's in CamelCase; `parse` finds
 it, so that a new drafter touches no list.
 """
 
-import ast
 import importlib
 import pkgutil
 from typing import Any
 
-from jaxspec.errors import InputError, nearest
+from jaxspec import naming
 
 
 def names() -> list[str]:
@@ -28,22 +27,8 @@ def parse(text: str) -> Any:
   Raises:
     InputError: there is no such drafter or option.
   """
-  name, _, options = text.partition(":")
-  if name not in names():
-    raise InputError(f"drafter {name!r} is unknown; there are "
-                     f"{', '.join(names())}." + nearest(name, names()))
+  name, options = naming.choose("drafter", text, names())
   module = importlib.import_module(f"{__name__}.{name}")
   kind = getattr(module, "".join(map(str.capitalize, name.split("_"))))
-  known = kind.__dataclass_fields__
-  values = {}
-  for option in filter(None, options.split(",")):
-    key, separator, value = option.partition("=")
-    if key not in known or not separator:
-      raise InputError(
-          f"drafter {name} has no option {option!r}; it has "
-          f"{', '.join(known) or 'none'}." + nearest(key, known))
-    try:
-      values[key] = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-      values[key] = value
-  return kind(**values)
+  return kind(**naming.options(f"drafter {name}", options,
+                               kind.__dataclass_fields__))

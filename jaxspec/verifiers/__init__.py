@@ -5,17 +5,16 @@ import importlib
 import pkgutil
 from typing import Any
 
-from jaxspec.errors import InputError, nearest
+from jaxspec import naming
 
 
-def parse(name: str) -> Any:
+def parse(text: str) -> Any:
   """Finds the verifier that is called like its file.
 
   Raises:
-    InputError: there is none.
+    InputError: there is none, or it was given options, which none has.
   """
   names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-  if name not in names:
-    raise InputError(f"verifier {name!r} is unknown; there are "
-                     f"{', '.join(names)}.{nearest(name, names)}")
+  name, options = naming.choose("verifier", text, names)
+  naming.options(f"verifier {name}", options, ())
   return getattr(importlib.import_module(f"{__name__}.{name}"), name)

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A generator without a model, for tests in milliseconds, and a tiny model."""
 
-import dataclasses
 import json
 import sys
 import types
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,48 +11,9 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
-from jaxspec.errors import InputError
+from jaxspec.answers import Completion, TextEvent
 from jaxspec.metrics import Stats
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  max_new_tokens: int = 128
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  min_p: float = 0.0
-  repetition_penalty: float = 1.0
-  presence_penalty: float = 0.0
-  frequency_penalty: float = 0.0
-  logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-  seed: int = 0
-  stop: tuple[str, ...] = ()
-  stop_token_ids: tuple[int, ...] = ()
-  ignore_eos: bool = False
-  logprobs: bool = False
-
-  def __post_init__(self):
-    if not 0 < self.top_p <= 1:
-      raise InputError(f"top_p must be in (0, 1], got {self.top_p}")
-
-
-@dataclasses.dataclass
-class Completion:
-  prompt: str
-  text: str
-  token_ids: list[int]
-  finish_reason: str
-  logprobs: list[float] | None
-  stats: Stats
-
-
-@dataclasses.dataclass
-class TextEvent:
-  text: str
-  settled: bool
-  replaces: int = 0
-  completion: Completion | None = None
+from jaxspec.options import Options
 
 
 class FakeGenerator:
