@@ -6,7 +6,7 @@ down from plain forward passes. `sample` counts which of them the decoding loop
 produces; `p_value` says how well the two agree. A test of that kind is worth
 what it catches, so every bug of `BUGS` must make it fail:
 
-  python -m tests.jaxspec.mutants
+  JAX_PLATFORMS=cpu python -m tests.jaxspec.mutants
 
 prints the kill table.
 

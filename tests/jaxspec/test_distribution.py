@@ -142,7 +142,9 @@ def test_a_ruled_out_answer_is_one_too_many():
 def test_kill_table(sampler):
   """Every bug, with every drafter, under every sampler that shows it."""
   survivors = []
-  for row in mutants.kill_table(2**18, sampler):
+  # Where nothing is ruled out, it takes more of them to see stale keys.
+  size = 2**18 if sampler == "open" else 2**16
+  for row in mutants.kill_table(size, sampler):
     _rows.append(row)
     bug, drafter, joint, _ = row
     silent = bug == "none" or (bug, drafter) in HARMLESS
