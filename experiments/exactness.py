@@ -339,13 +339,14 @@ def _advance(model, cache, tokens):
 
   from jaxspec import stages
   from jaxspec.base import Proposal
+  from jaxspec.drafters.autoregressive import Autoregressive
   from jaxspec.tree import chain, root
   rows, nodes = tokens.shape
   proposal = Proposal(tokens, chain(nodes - 1) if nodes > 1 else root())
-  scores = stages.score(model, (), cache, proposal)
+  logits, scores = stages.score(model, Autoregressive(), cache, proposal)
   path = jnp.broadcast_to(jnp.arange(nodes)[None], (rows, nodes))
   cache = cache.commit(scores.fresh, path, jnp.full(rows, nodes, jnp.int32))
-  return scores.logits, cache
+  return logits, cache
 
 
 # Judging.

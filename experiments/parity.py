@@ -104,8 +104,8 @@ def _pass():
     def whole(model, tokens):
       count = tokens.shape[1]
       cache = model.init_cache(ContiguousCache, 1, 0, jnp.float32)
-      at = Place(jnp.arange(count)[None],
-                 jnp.tril(jnp.ones((count, count), bool)))
+      at = Place.of(jnp.arange(count)[None],
+                    jnp.tril(jnp.ones((count, count), bool)))
       x, _ = model.extend(
           model.embed(tokens), cache, model.init_fresh(cache, count), at,
           layers=range(model.depth))

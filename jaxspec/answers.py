@@ -148,6 +148,8 @@ class Answer:
     stats.accepted_by_position = counters.accepted[row].tolist()
     stats.drafted = int(counters.nodes[row])
     stats.accepted = int(np.sum(counters.accepted[row]))
+    stats.accepted_by_node = counters.used[row, 1:].tolist()
+    stats.scored = int(counters.scored[row])
     stats.decode_seconds = now - (self._first or now)
     stats.wall_seconds = now - self._asked
     start = view.prompt_length[row]

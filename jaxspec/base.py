@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxspec.caches import Cache, Fresh, Place
 from jaxspec.sampling import Sampling
-from jaxspec.tree import Tree
+from jaxspec.tree import GrownTree, Tree
 
 
 @runtime_checkable
@@ -55,14 +55,22 @@ class Proposal:
 
   Attributes:
     live: how many leading nodes of each row mean anything; None for all.
-    probs: what each drafted token was drawn from, where a verifier needs it.
+    sizes: node counts that a pass is compiled for, ascending, the last one all
+      N. A step takes the smallest that holds every live node. Empty for N
+      alone.
+    probs: at each node, the law its children were drawn from, where they were
+      drawn and a verifier wants to know.
+    kinds: for each node, which of the drafter's `kinds` of guess it is; None
+      if there is one kind.
   """
 
   tokens: Int[Array, "B N"]
-  tree: Tree = struct.field(pytree_node=False)
+  tree: Tree | GrownTree
   live: Int[Array, "B"] | None = None
-  probs: Float[Array, "B drafted V"] | None = None
+  probs: Float[Array, "B N V"] | None = None
+  kinds: Int[Array, "B N"] | None = None
   head_start: HeadStart | None = None
+  sizes: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
   @property
   def alive(self) -> Bool[Array, "B N"]:
@@ -72,17 +80,57 @@ class Proposal:
       return jnp.broadcast_to(node >= 0, self.tokens.shape)
     return node < self.live[:, None]
 
+  # The topology, row by row, whether it is static or data.
+
+  @property
+  def parents(self) -> Int[Array, "B N"]:
+    return jnp.broadcast_to(jnp.asarray(self.tree.parents), self.tokens.shape)
+
+  @property
+  def depths(self) -> Int[Array, "B N"]:
+    return jnp.broadcast_to(jnp.asarray(self.tree.depths), self.tokens.shape)
+
+  @property
+  def mask(self) -> Bool[Array, "B N N"]:
+    return jnp.broadcast_to(jnp.asarray(self.tree.mask),
+                            (*self.tokens.shape, self.tree.size))
+
+  def path_to(self, node: Int[Array, "B"]) -> Int[Array, "B P"]:
+    """The nodes from the root to `node`; what lies beyond it is 0."""
+    on_path = jnp.take_along_axis(self.mask, node[:, None, None], axis=1)
+    depth = jnp.arange(self.tree.height + 1)[None, :, None]
+    return jnp.argmax(on_path & (self.depths[:, None] == depth), axis=-1
+                      ).astype(jnp.int32)
+
+  def first(self, nodes: int) -> "Proposal":
+    """The proposal of the leading nodes alone."""
+    def cut(x):
+      return None if x is None else x[:, :nodes]
+
+    start = self.head_start
+    if start is not None:
+      start = start.replace(x=cut(start.x), fresh=start.fresh.first(nodes))
+    live = None if self.live is None else jnp.minimum(self.live, nodes)
+    return self.replace(
+        tokens=cut(self.tokens), tree=self.tree.first(nodes), live=live,
+        probs=cut(self.probs), kinds=cut(self.kinds), head_start=start,
+        sizes=())
+
 
 @struct.dataclass
 class Scores:
-  """What the model said of every node.
+  """What the model said of every node, its logits left out.
+
+  Logits are large, and gone once they are verified. Of nodes that were not
+  live in any row, everything may be 0.
 
   Attributes:
+    top: the likeliest tokens behind each node, best first, as many as the
+      drafter's `ranks`.
     features: the residual stream below each tapped layer, then the top.
   """
 
-  tokens: Int[Array, "B N"]
-  logits: Float[Array, "B N V"]
+  top: Int[Array, "B N ranks"]
   features: tuple[Float[Array, "B N D"], ...]
   fresh: Fresh
 
@@ -95,11 +143,14 @@ class Verdict:
     path: nodes from the root on; meaningless from `kept` on.
     kept: accepted nodes and the root; 0 for a finished row.
     next_token: the correction or bonus token that follows the path.
+    logprobs: log-probability of each token this emits under the model itself,
+      before any warp; noted by the `verify` stage where a request wants it.
   """
 
   path: Int[Array, "B P"]
   kept: Int[Array, "B"]
   next_token: Int[Array, "B"]
+  logprobs: Float[Array, "B P"] | None = None
 
 
 @struct.dataclass
@@ -126,18 +177,23 @@ class Counters:
     nodes: drafted nodes that were scored and might have been accepted.
     drafted: passes that drafted something at each depth below the root.
     accepted: passes that accepted something there.
+    used: how often each node was accepted; the root never is.
+    scored: nodes that passes were wide, live or not, roots included.
   """
 
   passes: Int[Array, "B"]
   nodes: Int[Array, "B"]
   drafted: Int[Array, "B depth"]
   accepted: Int[Array, "B depth"]
+  used: Int[Array, "B N"]
+  scored: Int[Array, "B"]
 
   @classmethod
-  def zeros(cls, rows: int, height: int) -> "Counters":
+  def zeros(cls, rows: int, height: int, size: int) -> "Counters":
     depth = jnp.zeros((rows, height), jnp.int32)
     row = jnp.zeros(rows, jnp.int32)
-    return cls(row, row, depth, depth)
+    return cls(row, row, depth, depth, jnp.zeros((rows, size), jnp.int32),
+               row)
 
 
 @struct.dataclass
@@ -209,22 +265,34 @@ class Prefix:
 class Drafter(Protocol):
   """Proposes what comes next. A pytree: leaves are weights, statics shape.
 
+  What is not overridden suits a drafter without state.
+
   Attributes:
     taps: layers below which `observe` and `insert` want the residual stream.
+    ranks: how many of the likeliest tokens behind each node `observe` wants.
     height: most tokens one step can accept; sizes the counters.
+    size: nodes of a proposal, root included (N).
+    priors: for each kind of guess the drafter makes, how often it is right,
+      before anything is known.
+    coupled: whether what one row is given may depend on others, as when they
+      share a pass whose width is chosen. Their texts never do.
   """
 
-  taps: tuple[int, ...]
+  taps: tuple[int, ...] = ()
+  ranks: int = 0
   height: int
+  size: int
+  priors: tuple[float, ...] = (0.5,)
+  coupled: bool = False
 
   def init(self, model: Model, rows: int, capacity: int) -> PyTree:
     """The state of a batch in which no request has begun."""
-    ...
+    return ()
 
   def insert(self, model: Model, state: PyTree, rows: Int[Array, "R"],
-             prefix: Prefix) -> PyTree:
+             prefix: Prefix, request: Request) -> PyTree:
     """Begins new requests in `rows`; an index of B or more is dropped."""
-    ...
+    return state
 
   def propose(self, model: Model, seq: Sequences, request: Request,
               state: PyTree) -> tuple[Proposal, PyTree]: ...
@@ -233,7 +301,7 @@ class Drafter(Protocol):
               proposal: Proposal, scores: Scores,
               verdict: Verdict) -> PyTree:
     """Sees what became of the proposal; `seq` is already committed."""
-    ...
+    return state
 
 
 # (proposal, warped logits, sampling, positions of the tokens to draw).

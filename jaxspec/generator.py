@@ -75,12 +75,15 @@ class Generator:
     self.mesh = sharding.make_mesh() if mesh is None else mesh
     self.eos_ids = tuple(eos_ids)
     self._defaults = dict(defaults or {})
-    self.drafter = (drafters.parse(drafter) if isinstance(drafter, str)
-                    else drafter)
-    self.verifier = (verifiers.parse(verifier) if isinstance(verifier, str)
-                     else verifier)
     if rows < 1:
       raise InputError(f"rows must be at least 1, got {rows}")
+    self.verifier = (verifiers.parse(verifier) if isinstance(verifier, str)
+                     else verifier)
+    if isinstance(drafter, str):
+      drafter = drafters.parse(drafter, drafters.Target(
+          model, tokenizer, functools.partial(_load_beside, model, self.mesh),
+          honest=getattr(self.verifier, "honest", False), rows=rows))
+    self.drafter = drafter
     least = self.drafter.height + 2
     if not least <= self.capacity <= context:
       raise InputError(f"capacity must be in [{least}, {context}] (the model's "
@@ -378,6 +381,16 @@ class Generator:
     if abandoned.any():
       state = loop.release(state, free)
     return state
+
+
+def _load_beside(model: Transformer, mesh: jax.sharding.Mesh, path: str
+                 ) -> tuple[Transformer, Any]:
+  """Another model in the dtype and on the mesh of `model`; its tokenizer."""
+  from jaxspec import checkpoint
+  with checkpoint.open_checkpoint(path) as opened:
+    dtype = model.embedding[...].dtype
+    return (Transformer(opened.config, _loader(opened, dtype, mesh, None)),
+            opened.tokenizer)
 
 
 def _loader(opened: Any, dtype: Any, mesh: jax.sharding.Mesh,

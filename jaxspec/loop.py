@@ -54,7 +54,7 @@ def init(model: Model, drafter: Drafter, cache: Cache, *, capacity: int,
   return _pin(DecodeState(
       seq, request, drafter.init(model, rows, capacity),
       jnp.ones(rows, bool), jnp.zeros((rows, capacity), jnp.float32),
-      Counters.zeros(rows, drafter.height)))
+      Counters.zeros(rows, drafter.height, drafter.size)))
 
 
 @functools.partial(jax.jit, static_argnames=("taps", "chunk", "dtype"))
@@ -72,8 +72,9 @@ def prefill(model: Model, taps: tuple[int, ...], tokens: Int[Array, "R T"],
   def read(cache, tokens, features, last, start):
     count = tokens.shape[1]
     x, fresh = model.embed(tokens), model.init_fresh(cache, count)
-    at = Place(start + jnp.broadcast_to(jnp.arange(count)[None], (rows, count)),
-               jnp.tril(jnp.ones((count, count), bool)))
+    at = Place.of(
+        start + jnp.broadcast_to(jnp.arange(count)[None], (rows, count)),
+        jnp.tril(jnp.ones((count, count), bool)))
     below, seen = 0, []
     for cut in (*taps, model.depth):
       x, fresh = model.extend(x, cache, fresh, at, layers=range(below, cut))
@@ -136,7 +137,7 @@ def insert(model: Model, drafter: Drafter, verifier: Verifier,
     proposal = Proposal(final, root())
     logits = model.unembed(prefix.last[:, None])
     history = sampling.History(prefix.tokens, length, length, final,
-                               jnp.ones((1, 1), bool))
+                               jnp.ones((len(length), 1, 1), bool))
     first = verifier(
         proposal, sampling.warp(logits, request.sampling, history),
         request.sampling, length[:, None]).next_token[:, None]
@@ -167,10 +168,10 @@ def insert(model: Model, drafter: Drafter, verifier: Verifier,
       Sequences(put(old.tokens, text), put(old.prompt_length, length),
                 put(old.length, length + 1), cache),
       put(state.request, request),
-      drafter.insert(model, state.draft, rows, prefix),
+      drafter.insert(model, state.draft, rows, prefix, request),
       put(state.done, done), put(state.logprobs, logprobs),
       put(state.counters, Counters.zeros(
-          len(length), state.counters.drafted.shape[1]))))
+          len(length), drafter.height, drafter.size))))
 
 
 @functools.partial(jax.jit, static_argnames=("verifier",),
@@ -234,12 +235,28 @@ def stream(model: Model, drafter: Drafter, verifier: Verifier,
   while not bool(jnp.all(state.done)):
     proposal, state = _propose(model, drafter, state)
     if proposal.tree.size > 1:
-      deepest = proposal.tree.paths[proposal.tree.depths.argmax()][1:]
-      count = jnp.sum(proposal.alive[:, deepest], axis=1)
-      yield Emission(state.seq.length, proposal.tokens[:, deepest],
+      tokens, count = _leading(proposal)
+      yield Emission(state.seq.length, tokens,
                      jnp.where(state.done, 0, count), settled=False), state
     state, emission = _settle(model, drafter, verifier, state, proposal)
     yield emission, state
+
+
+@jax.jit
+def _leading(proposal: Proposal) -> tuple[Int[Array, "B P"], Int[Array, "B"]]:
+  """The path of first children, what a drafter believes in most."""
+  parents, alive = proposal.parents, proposal.alive
+  # A node leads if no earlier one has the same parent; so must its ancestors.
+  node = jnp.arange(proposal.tree.size)
+  rivals = ((parents[:, :, None] == parents[:, None])
+            & (node[:, None] > node)[None])
+  leads = alive & ~jnp.any(rivals, axis=-1)
+  leads = leads & ~jnp.any(proposal.mask & ~leads[:, None], axis=-1)
+  last = jnp.argmax(jnp.where(leads, proposal.depths, -1), axis=1)
+  tokens = jnp.take_along_axis(proposal.tokens, proposal.path_to(last)[:, 1:],
+                               axis=1)
+  depth = jnp.take_along_axis(proposal.depths, last[:, None], axis=1)[:, 0]
+  return tokens, depth
 
 
 def _pin(state: DecodeState) -> DecodeState:

@@ -38,6 +38,9 @@ class Stats:
     drafted_by_position: passes that drafted something `i + 1` tokens ahead.
       Its first entry is the number of drafts.
     accepted_by_position: passes that accepted the draft `i + 1` tokens ahead.
+    accepted_by_node: how often each node of the tree was accepted, the root
+      left out; of a tree that is grown, its likeliest node comes first.
+    scored: nodes the target's passes were wide, roots and dead ones included.
     compiles: programs built meanwhile, compiled or read from the persistent
       cache.
     compiles_cached: how many of them the cache had.
@@ -61,6 +64,8 @@ class Stats:
   accepted: int = 0
   drafted_by_position: list[int] = dataclasses.field(default_factory=list)
   accepted_by_position: list[int] = dataclasses.field(default_factory=list)
+  accepted_by_node: list[int] = dataclasses.field(default_factory=list)
+  scored: int = 0
   compiles: int = 0
   compiles_cached: int = 0
   seed: int | None = 0
@@ -112,6 +117,7 @@ class Stats:
         "passes",
         "drafted",
         "accepted",
+        "scored",
         "compiles",
         "compiles_cached",
         "wall_seconds",
@@ -128,6 +134,7 @@ class Stats:
       accepted_by_position=_add(
         self.accepted_by_position, other.accepted_by_position
       ),
+      accepted_by_node=_add(self.accepted_by_node, other.accepted_by_node),
       seed=self.seed if self.seed == other.seed else None,
       verifier=self.verifier if same_verifier else "mixed",
       draft_length=max(self.draft_length, other.draft_length),
@@ -147,7 +154,15 @@ class Stats:
       "accepted",
       self.accepted,
     )
+    _equal(
+      "sum(accepted_by_node)",
+      sum(self.accepted_by_node),
+      "accepted",
+      self.accepted,
+    )
     _at_most("accepted", self.accepted, "drafted", self.drafted)
+    _at_most("passes + drafted", self.passes + self.drafted, "scored",
+             self.scored)
     _at_most("drafts", self.drafts, "passes", self.passes)
     _at_most("compiles_cached", self.compiles_cached, "compiles", self.compiles)
     # A tree drafts several nodes at one position, a chain exactly one.

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts by the names of their files, with options: `paged:page=64,pages=9`."""
+"""Parts by the names of their files, with options: `paged:page=64,pages=9`.
+
+A value in square brackets may itself be such a text, or several, separated by
+semicolons: `union:drafters=[prompt_lookup:length=4;recycling],nodes=16`.
+"""
 
 import ast
 from collections.abc import Collection
@@ -31,17 +35,42 @@ def choose(kind: str, text: str, names: Collection[str]) -> tuple[str, str]:
 def options(owner: str, text: str, known: Collection[str]) -> dict[str, Any]:
   """Reads `option=value,option=value`; a value is a literal or plain text.
 
+  A value in brackets is the text within.
+
   Raises:
-    InputError: `owner` has no such option.
+    InputError: `owner` has no such option, or a bracket is not closed.
   """
   values = {}
-  for option in filter(None, text.split(",")):
+  for option in filter(None, split(text, ",")):
     key, separator, value = option.partition("=")
     if key not in known or not separator:
       raise InputError(f"{owner} has no option {option!r}; it has "
                        f"{', '.join(known) or 'none'}.{nearest(key, known)}")
+    if value.startswith("[") and value.endswith("]"):
+      values[key] = value[1:-1]
+      continue
     try:
       values[key] = ast.literal_eval(value)
     except (ValueError, SyntaxError):
       values[key] = value
   return values
+
+
+def split(text: str, separator: str) -> list[str]:
+  """Splits where no bracket is open.
+
+  Raises:
+    InputError: brackets do not match.
+  """
+  parts, depth = [""], 0
+  for letter in text:
+    depth += (letter == "[") - (letter == "]")
+    if depth < 0:
+      break
+    if letter == separator and not depth:
+      parts.append("")
+    else:
+      parts[-1] += letter
+  if depth:
+    raise InputError(f"{text!r} has brackets that do not match")
+  return parts

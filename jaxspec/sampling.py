@@ -57,7 +57,7 @@ class History:
   prompt_length: Int[Array, "B"]
   length: Int[Array, "B"]
   nodes: Int[Array, "B N"]
-  mask: Bool[Array, "N N"]
+  mask: Bool[Array, "B N N"]
 
 
 def defaults(rows: int, biases: int) -> Sampling:
@@ -148,6 +148,15 @@ def gumbel(key: Key[Array, "B"], positions: Int[Array, "B N"],
   return sharding.constrain(noise, "rows", None, "vocab")
 
 
+def top(logits: Float[Array, "B N V"], count: int) -> Int[Array, "B N count"]:
+  """The likeliest tokens, best first."""
+  if count == 1:
+    return jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32)
+  if not count:
+    return jnp.zeros((*logits.shape[:2], 0), jnp.int32)
+  return lax.top_k(logits, count)[1].astype(jnp.int32)
+
+
 def log_probability(logits: Float[Array, "B N V"], nodes: Int[Array, "B P"],
                     tokens: Int[Array, "B P"]) -> Float[Array, "B P"]:
   """Log-probability of a token behind each node, under the model itself."""
@@ -190,8 +199,7 @@ def _penalise(logits, node, sampling, history, counts):
     return values[:, None, None]
 
   prompt, answer = counts
-  on_path = history.mask.at[:, 0].set(False)[node]                   # [N]
-  on_path = jnp.broadcast_to(on_path[None], history.nodes.shape)
+  on_path = history.mask.at[..., 0].set(False)[:, node]            # [B N]
   said = answer + _count(history.nodes, on_path, logits.shape[-1])
   prompt, said = prompt[:, None], said[:, None]
   factor = jnp.where(logits > 0, 1 / per_row(sampling.repetition),

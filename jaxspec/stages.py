@@ -5,6 +5,8 @@ Each stage is a `jax.named_scope`, so that a profile reads like this file. No
 drafter, verifier or model is imported here; they are received.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -47,47 +49,103 @@ def settle(model: Model, drafter: Drafter, verifier: Verifier,
            state: DecodeState, proposal: Proposal
            ) -> tuple[DecodeState, Emission]:
   """Scores a proposal, commits what stands, and tells the drafter."""
-  scores = score(model, drafter.taps, state.seq.cache, proposal)
-  verdict = verify(verifier, state, proposal, scores)
+  scores, verdict = examine(model, drafter, verifier, state, proposal)
   state, verdict, emission = commit(state, proposal, scores, verdict)
   return observe(model, drafter, state, proposal, scores, verdict), emission
 
 
+def examine(model: Model, drafter: Drafter, verifier: Verifier,
+            state: DecodeState, proposal: Proposal) -> tuple[Scores, Verdict]:
+  """Scores and verifies, in a pass as narrow as the live nodes allow.
+
+  Nodes beyond it were never seen by the model; what is said of them is 0.
+  """
+  def narrow(nodes):
+    few = proposal.first(nodes)
+    logits, scores = score(model, drafter, state.seq.cache, few)
+    verdict = verify(verifier, state, few, logits)
+    if nodes == proposal.tree.size:
+      return scores, verdict
+
+    def widen(x, size):
+      return jnp.pad(x, [(0, 0), (0, size - x.shape[1])]
+                     + [(0, 0)] * (x.ndim - 2))
+    longest = proposal.tree.height + 1
+    return (jax.tree.map(lambda x: widen(x, proposal.tree.size), scores),
+            verdict.replace(path=widen(verdict.path, longest),
+                            logprobs=widen(verdict.logprobs, longest)))
+
+  if not proposal.sizes:
+    return narrow(proposal.tree.size)
+  return jax.lax.switch(
+      width(proposal, state.done),
+      [functools.partial(narrow, nodes) for nodes in proposal.sizes])
+
+
+def width(proposal: Proposal, done: Bool[Array, "B"]) -> Int[Array, ""]:
+  """Which of `sizes` is the smallest that holds every live node."""
+  live = jnp.sum(proposal.alive, axis=1)
+  most = jnp.max(jnp.where(done, 1, live))
+  return jnp.sum(jnp.asarray(proposal.sizes[:-1]) < most)
+
+
 @jax.named_scope("score")
-def score(model: Model, taps: tuple[int, ...], cache: Cache,
-          proposal: Proposal) -> Scores:
+def score(model: Model, drafter: Drafter, cache: Cache, proposal: Proposal
+          ) -> tuple[Float[Array, "B N V"], Scores]:
   """One pass over all nodes, from the head start or from the embedding.
 
   Every layer attends to the committed prefix and, along the tree, to the
   fresh nodes.
+
+  Returns:
+    The logits behind every node, and what is kept of the pass.
   """
   tree = proposal.tree
   start = proposal.head_start
   if start is None:
     start = HeadStart(model.embed(proposal.tokens),
-                      model.init_fresh(cache, tree.size), 0)
-  at = Place(cache.length[:, None] + tree.depths[None],
-             jnp.asarray(tree.mask))
+                      model.init_fresh(cache, tree.size), depth=0)
+  at = Place.of(cache.length[:, None] + proposal.depths,
+                jnp.asarray(tree.mask))
   x, fresh, below, features = start.x, start.fresh, start.depth, []
-  for cut in (*taps, model.depth):
+  for cut in (*drafter.taps, model.depth):
     x, fresh = model.extend(x, cache, fresh, at, layers=range(below, cut))
     features.append(x)
     below = cut
-  return Scores(proposal.tokens, model.unembed(x), tuple(features), fresh)
+  logits = model.unembed(x)
+  top = sampling.top(logits, drafter.ranks)
+  return logits, Scores(top, tuple(features), fresh)
 
 
 @jax.named_scope("verify")
 def verify(verifier: Verifier, state: DecodeState, proposal: Proposal,
-           scores: Scores) -> Verdict:
+           logits: Float[Array, "B N V"]) -> Verdict:
   """One path a row; finished rows keep nothing."""
-  seq, tree = state.seq, proposal.tree
-  history = sampling.History(
-      seq.tokens, seq.prompt_length, seq.length, proposal.tokens,
-      jnp.asarray(tree.mask))
-  logits = sampling.warp(scores.logits, state.request.sampling, history)
-  positions = seq.length[:, None] + tree.depths[None]
-  verdict = verifier(proposal, logits, state.request.sampling, positions)
-  return verdict.replace(kept=jnp.where(state.done, 0, verdict.kept))
+  seq, request = state.seq, state.request
+  history = sampling.History(seq.tokens, seq.prompt_length, seq.length,
+                             proposal.tokens, proposal.mask)
+  warped = sampling.warp(logits, request.sampling, history)
+  positions = seq.length[:, None] + proposal.depths
+  verdict = verifier(proposal, warped, request.sampling, positions)
+
+  def noted():
+    said = emitted(proposal, verdict)
+    return sampling.log_probability(logits, verdict.path, said)
+  return verdict.replace(
+      kept=jnp.where(state.done, 0, verdict.kept),
+      logprobs=jax.lax.cond(
+          jnp.any(request.wants_logprobs), noted,
+          lambda: jnp.zeros(verdict.path.shape, jnp.float32)))
+
+
+def emitted(proposal: Proposal, verdict: Verdict) -> Int[Array, "B P"]:
+  """What a verdict says: the accepted nodes, then the next token."""
+  nodes = jnp.pad(verdict.path[:, 1:], ((0, 0), (0, 1)))
+  index = jnp.arange(verdict.path.shape[1])[None]
+  return jnp.where(
+      index < verdict.kept[:, None] - 1,
+      jnp.take_along_axis(proposal.tokens, nodes, axis=1),
+      verdict.next_token[:, None])
 
 
 @jax.named_scope("commit")
@@ -100,23 +158,17 @@ def commit(state: DecodeState, proposal: Proposal, scores: Scores,
   nothing more and is finished.
   """
   seq, path = state.seq, verdict.path
-  # What the step says: the accepted nodes, then the next token.
-  nodes = jnp.pad(path[:, 1:], ((0, 0), (0, 1)))
-  index = jnp.arange(path.shape[1])[None]
-  emitted = jnp.where(
-      index < verdict.kept[:, None] - 1,
-      jnp.take_along_axis(proposal.tokens, nodes, axis=1),
-      verdict.next_token[:, None])
-  wanted, done = finish(state.request, seq.length, emitted, verdict.kept)
+  said = emitted(proposal, verdict)
+  wanted, done = finish(state.request, seq.length, said, verdict.kept)
   cache = seq.cache.commit(scores.fresh, path, wanted)
   kept = cache.length - seq.cache.length       # none where there is no room
   done |= kept < wanted
-  logprobs = record(state, scores.logits, path, emitted, kept)
+  logprobs = write(state.logprobs, verdict.logprobs, seq.length, kept)
   verdict = verdict.replace(kept=kept, next_token=jnp.take_along_axis(
-      emitted, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0])
-  counters = count(state.counters, proposal, kept)
-  emission = Emission(seq.length, emitted, kept, settled=True)
-  seq = Sequences(write(seq.tokens, emitted, seq.length, kept),
+      said, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0])
+  counters = count(state.counters, proposal, verdict)
+  emission = Emission(seq.length, said, kept, settled=True)
+  seq = Sequences(write(seq.tokens, said, seq.length, kept),
                   seq.prompt_length, seq.length + kept, cache)
   state = state.replace(seq=seq, done=state.done | done, logprobs=logprobs,
                         counters=counters)
@@ -148,29 +200,29 @@ def finish(request: Request, length: Int[Array, "B"],
   return kept, stopped | (length + kept >= request.limit)
 
 
-def record(state: DecodeState, logits: Float[Array, "B N V"],
-           path: Int[Array, "B P"], emitted: Int[Array, "B P"],
-           kept: Int[Array, "B"]) -> Float[Array, "B C"]:
-  """Notes the model's log-probability of every committed token."""
-  def noted(buffer):
-    return write(buffer, sampling.log_probability(logits, path, emitted),
-                 state.seq.length, kept)
-  return jax.lax.cond(jnp.any(state.request.wants_logprobs), noted,
-                      lambda buffer: buffer, state.logprobs)
-
-
 def count(counters: Counters, proposal: Proposal,
-          kept: Int[Array, "B"]) -> Counters:
+          verdict: Verdict) -> Counters:
   """Adds one step to the counters of the rows that took part."""
+  kept = verdict.kept
   took_part = kept > 0
   depth = jnp.arange(1, counters.drafted.shape[1] + 1)[None]
-  at_depth = (proposal.tree.depths[:, None] == depth).astype(jnp.int32)
-  nodes = proposal.alive.astype(jnp.int32) @ at_depth          # [B P-1]
+  drafted = proposal.alive & (proposal.depths > 0)
+  nodes = jnp.sum(
+      drafted[..., None] & (proposal.depths[..., None] == depth[None]),
+      axis=1, dtype=jnp.int32)                                   # [B P-1]
+  taken = jnp.arange(1, verdict.path.shape[1])[None] < kept[:, None]
+  node = jnp.arange(counters.used.shape[1])[None, None]
+  used = jnp.sum(taken[..., None] & (verdict.path[:, 1:, None] == node),
+                 axis=1, dtype=jnp.int32)
+  scored = proposal.tree.size
+  if proposal.sizes:
+    scored = jnp.asarray(proposal.sizes)[width(proposal, ~took_part)]
   return Counters(
       counters.passes + took_part,
       counters.nodes + jnp.sum(nodes, axis=1) * took_part,
       counters.drafted + ((nodes > 0) & took_part[:, None]),
-      counters.accepted + (depth < kept[:, None]))
+      counters.accepted + (depth < kept[:, None]),
+      counters.used + used, counters.scored + scored * took_part)
 
 
 def write(buffer: Array, values: Array, start: Int[Array, "B"],

@@ -2,7 +2,11 @@
 """The topology of a proposal: which node follows which.
 
 A `Tree` is static and hashable, so that each topology is one compiled
-program; everything derived from it is a NumPy constant.
+program; everything derived from it is a NumPy constant. A `GrownTree` is data:
+one program serves all topologies of as many nodes.
+
+In both, parents come before their children. So the leading nodes of a tree are
+a tree, and a drafter that puts the best nodes first can be asked for fewer.
 """
 
 import dataclasses
@@ -10,10 +14,14 @@ import functools
 import itertools
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Tree:
   """Nodes in topological order; node 0, the root, is the last committed token.
@@ -76,6 +84,106 @@ class Tree:
       lists[parent].append(node)
     width = max(1, *map(len, lists))
     return np.array([c + [-1] * (width - len(c)) for c in lists], np.int32)
+
+  def first(self, nodes: int) -> "Tree":
+    """The tree of the leading nodes."""
+    return Tree(self.parents[:nodes])
+
+
+@struct.dataclass
+class GrownTree:
+  """A tree a row, found on the device.
+
+  Attributes:
+    parents: as in `Tree`; a node that is not used is a child of the root.
+    height: no node is deeper.
+  """
+
+  parents: Int[Array, "B N"]
+  height: int = struct.field(pytree_node=False)
+
+  @property
+  def size(self) -> int:
+    return self.parents.shape[1]
+
+  @property
+  def depths(self) -> Int[Array, "B N"]:
+    return jnp.sum(self.mask, axis=-1, dtype=jnp.int32) - 1
+
+  @property
+  def mask(self) -> Bool[Array, "B N N"]:
+    node = jnp.arange(self.size)
+    seen = (node[:, None] == node) | (self.parents[..., None] == node)
+    reach = 1
+    while reach < self.height:        # twice as far with every round
+      seen = jnp.einsum("bij,bjk->bik", *[seen.astype(jnp.float32)] * 2) > 0
+      reach *= 2
+    return seen
+
+  def first(self, nodes: int) -> "GrownTree":
+    """The tree of the leading nodes."""
+    return self.replace(parents=self.parents[:, :nodes])
+
+
+def grow(tokens: Int[Array, "B M"], parents: Int[Array, "B M"],
+         chances: Float[Array, "B M"], *, nodes: int, height: int
+         ) -> tuple[GrownTree, Int[Array, "B N"], Int[Array, "B N"],
+                    Float[Array, "B N"]]:
+  """Joins candidates into one tree of the likeliest nodes.
+
+  Candidates that say the same behind the same path become one node.
+
+  Args:
+    tokens: of each candidate; candidate 0 is the root.
+    parents: an earlier candidate, or -1 for the root.
+    chances: that it is accepted if its parent is, by its own drafter; 0 for a
+      candidate that is none.
+    nodes: of the tree, root included (N), at most M.
+    height: no candidate is deeper.
+
+  Returns:
+    The tree, likeliest nodes first; its tokens; which candidate each node is
+    (the first that said it); and the chance that the path to it is accepted,
+    0 for a node that is none.
+  """
+  rows, count = tokens.shape
+  index = jnp.arange(count)
+  parents = jnp.maximum(parents, 0)
+  chances = chances.at[:, 0].set(1.0)
+
+  def up(values):
+    return jnp.take_along_axis(values, parents, axis=1)
+
+  # Level by level: two candidates are one if they say the same and their
+  # parents are one. A chance that several drafters see is their surest's.
+  same = jnp.broadcast_to(index[None], tokens.shape)
+  depth = (index > 0)[None].astype(jnp.int32) * jnp.ones_like(tokens)
+  for _ in range(height - 1):
+    depth = jnp.where(index[None] > 0, up(depth) + 1, 0)
+  path = jnp.where(index[None] == 0, 1.0, 0.0) * jnp.ones_like(chances)
+  for level in range(1, height + 1):
+    here = (depth == level) & (chances > 0)
+    parent = up(same)
+    twins = (here[:, :, None] & here[:, None]
+             & (parent[:, :, None] == parent[:, None])
+             & (tokens[:, :, None] == tokens[:, None]))          # [B M M]
+    same = jnp.where(here, jnp.argmax(twins, axis=-1), same)
+    best = jnp.max(jnp.where(twins, chances[:, None], 0.0), axis=-1)
+    above = jnp.take_along_axis(path, parent, axis=1)
+    path = jnp.where(here, above * jnp.minimum(best, 1.0), path)
+  first = same == index[None]
+  path = jnp.where(first, path, 0.0)
+  # Likeliest first. A child is never likelier than its parent, and comes
+  # later where it is as likely, so that the order is topological.
+  order = jnp.argsort(-path, axis=1, stable=True)[:, :nodes]
+  chosen = jnp.take_along_axis(path, order, axis=1)
+  place = jnp.zeros_like(same).at[
+      jnp.arange(rows)[:, None], order].set(jnp.arange(nodes)[None])
+  parent = jnp.take_along_axis(up(same), order, axis=1)
+  parent = jnp.take_along_axis(place, parent, axis=1)
+  parent = jnp.where(chosen > 0, parent, 0).at[:, 0].set(-1)
+  return (GrownTree(parent, height),
+          jnp.take_along_axis(tokens, order, axis=1), order, chosen)
 
 
 def root() -> Tree:

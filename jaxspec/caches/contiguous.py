@@ -47,7 +47,7 @@ class ContiguousCache:
     return tree_attention(
         query, self.k[layer], self.v[layer], fresh.k[layer], fresh.v[layer],
         slot_positions=held,
-        positions=at.tokens, fresh_positions=at.positions, mask=at.mask,
+        positions=at.tokens, fresh_positions=at.positions, seen=at.seen,
         **options)
 
   def commit(self, fresh: Fresh, path: Int[Array, "B P"],

@@ -7,9 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxspec import sharding
+from pallas_kernels import pack
 
 
 @struct.dataclass
@@ -40,6 +41,10 @@ class Fresh:
       return (*buffers[:layer], new, *buffers[layer + 1:])
     return Fresh(put(self.k, k), put(self.v, v))
 
+  def first(self, nodes: int) -> "Fresh":
+    """The leading nodes."""
+    return Fresh(*(tuple(x[:, :nodes] for x in xs) for xs in (self.k, self.v)))
+
 
 @struct.dataclass
 class Place:
@@ -48,17 +53,25 @@ class Place:
   Attributes:
     positions: of every fresh node; the tokens of this call are nodes
       `start ... start + T`.
-    mask: the fresh nodes each token of this call sees.
+    seen: the fresh nodes each token of this call sees, one bit each (see
+      `pallas_kernels.pack`).
   """
 
   positions: Int[Array, "B N"]
-  mask: Bool[Array, "T N"] | Bool[Array, "B T N"]
+  seen: UInt32[Array, "T W"] | UInt32[Array, "B T W"]
   start: int = struct.field(pytree_node=False, default=0)
+
+  @classmethod
+  def of(cls, positions: Int[Array, "B N"],
+         mask: Bool[Array, "T N"] | Bool[Array, "B T N"],
+         start: int = 0) -> "Place":
+    """From a mask with a flag for each node."""
+    return cls(positions, pack(mask), start)
 
   @property
   def tokens(self) -> Int[Array, "B T"]:
     """The positions of this call's tokens."""
-    count = self.mask.shape[-2]
+    count = self.seen.shape[-2]
     return self.positions[:, self.start:self.start + count]
 
 

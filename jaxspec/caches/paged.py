@@ -177,7 +177,7 @@ class PagedCache:
     return tree_attention(
         query, self.k[layer], self.v[layer], fresh.k[layer], fresh.v[layer],
         slot_positions=held, positions=at.tokens, fresh_positions=at.positions,
-        mask=at.mask, table=self.table, **options)
+        seen=at.seen, table=self.table, **options)
 
   def commit(self, fresh: Fresh, path: Int[Array, "B P"],
              kept: Int[Array, "B"]) -> "PagedCache":

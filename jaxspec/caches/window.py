@@ -53,7 +53,7 @@ class WindowCache:
     return tree_attention(
         query, key, value, fresh.k[layer], fresh.v[layer],
         slot_positions=held(self.length, key.shape[2]), positions=at.tokens,
-        fresh_positions=at.positions, mask=at.mask, **options)
+        fresh_positions=at.positions, seen=at.seen, **options)
 
   def commit(self, fresh: Fresh, path: Int[Array, "B P"],
              kept: Int[Array, "B"]) -> "WindowCache":

@@ -3,25 +3,16 @@
 
 from flax import struct
 
-from jaxspec.base import Proposal
+from jaxspec.base import Drafter, Proposal
 from jaxspec.tree import root
 
 
 @struct.dataclass
-class Autoregressive:
+class Autoregressive(Drafter):
   """Proposes the root alone, so that each pass yields one token."""
 
-  taps = ()
   height = 0
-
-  def init(self, model, rows, capacity):
-    return ()
-
-  def insert(self, model, state, rows, prefix):
-    return state
+  size = 1
 
   def propose(self, model, seq, request, state):
     return Proposal(seq.tail(), root()), state
-
-  def observe(self, model, seq, state, proposal, scores, verdict):
-    return state

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Int
 
-from jaxspec.base import Proposal
+from jaxspec.base import Drafter, Proposal
 from jaxspec.errors import InputError
 from jaxspec.tree import chain
 
 
 @struct.dataclass
-class PromptLookup:
+class PromptLookup(Drafter):
   """Drafts the continuation of the latest longest match of the text's end.
 
   Attributes:
@@ -28,8 +28,6 @@ class PromptLookup:
   length: int = struct.field(pytree_node=False, default=8)
   max_ngram: int = struct.field(pytree_node=False, default=3)
   min_ngram: int = struct.field(pytree_node=False, default=1)
-
-  taps = ()
 
   def __post_init__(self):
     for name, low in (("length", 1), ("min_ngram", 1),
@@ -43,20 +41,15 @@ class PromptLookup:
   def height(self):
     return self.length
 
-  def init(self, model, rows, capacity):
-    return ()
-
-  def insert(self, model, state, rows, prefix):
-    return state
+  @property
+  def size(self):
+    return self.length + 1
 
   def propose(self, model, seq, request, state):
     tokens, found = jax.vmap(self.look_up)(seq.tokens, seq.length)
     tokens = jnp.concatenate([seq.tail(), tokens], axis=1)
     live = jnp.where(found, self.length + 1, 1)
     return Proposal(tokens, chain(self.length), live=live), state
-
-  def observe(self, model, seq, state, proposal, scores, verdict):
-    return state
 
   def look_up(self, tokens: Int[Array, "C"], length: Int[Array, ""]):
     """Finds the continuation in one row.

@@ -10,7 +10,7 @@ needs no draft probabilities and serves any tree.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec.base import Proposal, Verdict
 from jaxspec.sampling import Sampling, draw
@@ -24,13 +24,18 @@ def exact(proposal: Proposal, logits: Float[Array, "B N V"],
 
 def match(proposal: Proposal, samples: Int[Array, "B N"]) -> Verdict:
   """The longest path on which every token is its parent's sample."""
-  tree = proposal.tree
-  parents = jnp.asarray(tree.parents).at[0].set(0)
-  stands = (proposal.tokens == samples[:, parents]) & proposal.alive
-  stands = stands.at[:, 0].set(True)
-  reached = jnp.all(stands[:, None] | ~jnp.asarray(tree.mask)[None], axis=-1)
-  depths = jnp.asarray(tree.depths)
-  node = jnp.argmax(jnp.where(reached, depths[None], -1), axis=1)
-  return Verdict(
-      path=jnp.asarray(tree.paths)[node], kept=depths[node] + 1,
-      next_token=jnp.take_along_axis(samples, node[:, None], axis=1)[:, 0])
+  parents = jnp.maximum(proposal.parents, 0)
+  stands = proposal.tokens == jnp.take_along_axis(samples, parents, axis=1)
+  return longest(proposal, stands, samples)
+
+
+def longest(proposal: Proposal, stands: Bool[Array, "B N"],
+            samples: Int[Array, "B N"]) -> Verdict:
+  """The longest path of live nodes that stand, and the sample behind it."""
+  stands = (stands & proposal.alive).at[:, 0].set(True)
+  reached = jnp.all(stands[:, None] | ~proposal.mask, axis=-1)
+  node = jnp.argmax(jnp.where(reached, proposal.depths, -1), axis=1)
+  def at(values):
+    return jnp.take_along_axis(values, node[:, None], axis=1)[:, 0]
+  return Verdict(path=proposal.path_to(node), kept=at(proposal.depths) + 1,
+                 next_token=at(samples))

@@ -6,7 +6,7 @@ prefix: a slot is seen if it holds a position, and if that position lies within
 the token's window.
 """
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pallas_kernels.attention import xla
 from pallas_kernels.dispatch import Implementation, dispatch
@@ -24,7 +24,7 @@ def tree_attention(
     slot_positions: Int[Array, "B S"],
     positions: Int[Array, "B T"],
     fresh_positions: Int[Array, "B N"],
-    mask: Bool[Array, "T N"] | Bool[Array, "B T N"],
+    seen: UInt32[Array, "T W"] | UInt32[Array, "B T W"],
     scale: float,
     table: Int[Array, "B M"] | None = None,
     window: int | None = None,
@@ -40,7 +40,7 @@ def tree_attention(
     slot_positions: the position each slot holds, -1 where it holds none.
     positions: the position of each token.
     fresh_positions: the position of each fresh key.
-    mask: the fresh keys each token sees.
+    seen: the fresh keys each token sees, one bit each: W words (see `pack`).
     scale: what scores are multiplied by.
     table: the pages of each row, in order, where `key` and `value` are pools
       of pages; slot s lies in page `table[b, s // page]`, and what stands in
@@ -56,5 +56,5 @@ def tree_attention(
       "tree_attention", _IMPLEMENTATIONS, implementation,
       query, key, value, fresh_key, fresh_value,
       slot_positions=slot_positions, positions=positions,
-      fresh_positions=fresh_positions, mask=mask, scale=scale, table=table,
+      fresh_positions=fresh_positions, seen=seen, scale=scale, table=table,
       window=window, logits_soft_cap=logits_soft_cap)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.attention.words import unpack
+
 # Slots a CPU reads at a time. A block and its scores stay in its caches.
 BLOCK = 128
 
@@ -15,7 +17,7 @@ BLOCK = 128
 @functools.partial(jax.jit,
                    static_argnames=("scale", "window", "logits_soft_cap"))
 def tree_attention(query, key, value, fresh_key, fresh_value, *,
-                   slot_positions, positions, fresh_positions, mask, scale,
+                   slot_positions, positions, fresh_positions, seen, scale,
                    table, window, logits_soft_cap):
   """See `pallas_kernels.attention.op.tree_attention`.
 
@@ -84,7 +86,8 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
       return paged(state, key, value, held, table)
     return prefix(state, key, value, held)
 
-  fresh = jnp.broadcast_to(mask, (rows, *mask.shape[-2:]))     # [B T N]
+  fresh = unpack(seen, fresh_key.shape[1])
+  fresh = jnp.broadcast_to(fresh, (rows, *fresh.shape[-2:]))   # [B T N]
   if oldest is not None:
     fresh = fresh & (fresh_positions[:, None] > oldest)
   # A token always sees itself, so that the maximum is finite from here on.

@@ -167,8 +167,8 @@ def readings(model: Transformer, cache: Any) -> list[np.ndarray]:
   query = normal(rows, count, c.heads, c.head_size) * 2
   one = normal(rows, count, c.kv_heads, c.head_size) * 0.1
   fresh = Fresh((one,) * c.depth, (one,) * c.depth)
-  at = Place(jnp.broadcast_to(cache.length[:, None], (rows, count)),
-             jnp.eye(count, dtype=bool))
+  at = Place.of(jnp.broadcast_to(cache.length[:, None], (rows, count)),
+                jnp.eye(count, dtype=bool))
 
   return [np.asarray(x) for x in _read(cache, query, fresh, at, c)]
 
@@ -200,7 +200,7 @@ def check_cache(model: Transformer, state: DecodeState,
 
 
 @struct.dataclass
-class Scripted:
+class Scripted(Drafter):
   """Drafts from a text that is known beforehand: an oracle, or a liar.
 
   Attributes:
@@ -223,11 +223,9 @@ class Scripted:
   def height(self) -> int:
     return self.tree.height
 
-  def init(self, model, rows, capacity):
-    return ()
-
-  def insert(self, model, state, rows, prefix):
-    return state
+  @property
+  def size(self) -> int:
+    return self.tree.size
 
   def propose(self, model, seq, request, state):
     rows, size = seq.tokens.shape[0], self.tree.size
@@ -243,9 +241,6 @@ class Scripted:
     tokens = jnp.concatenate([seq.tail(), tokens[:, 1:]], axis=1)
     live = jnp.full(rows, self.live, jnp.int32) if self.live else None
     return Proposal(tokens, self.tree, live=live), state
-
-  def observe(self, model, seq, state, proposal, scores, verdict):
-    return state
 
 
 def truth(state: DecodeState, room: int = 64) -> jax.Array:

@@ -29,7 +29,7 @@ import numpy as np
 from flax import struct
 
 from jaxspec import loop, sampling, stages
-from jaxspec.base import Proposal, Verdict
+from jaxspec.base import Drafter, Proposal, Verdict
 from jaxspec.caches import Fresh, Place
 from jaxspec.caches.contiguous import ContiguousCache
 from jaxspec.models.layers import Rope
@@ -89,8 +89,8 @@ def model_logits() -> np.ndarray:
   def forward(model, tokens):
     rows, count = tokens.shape
     cache = model.init_cache(ContiguousCache, rows, 0, jnp.float32)
-    at = Place(jnp.broadcast_to(jnp.arange(count)[None], (rows, count)),
-               jnp.tril(jnp.ones((count, count), bool)))
+    at = Place.of(jnp.broadcast_to(jnp.arange(count)[None], (rows, count)),
+                  jnp.tril(jnp.ones((count, count), bool)))
     x, _ = model.extend(
         model.embed(tokens), cache, model.init_fresh(cache, count), at,
         layers=range(model.depth))
@@ -115,7 +115,7 @@ def law(sampler: str) -> np.ndarray:
 
 
 @struct.dataclass
-class Bigram:
+class Bigram(Drafter):
   """A drafter that is right about half the time.
 
   It draws from a table of the last token alone, with the request's own noise,
@@ -129,17 +129,13 @@ class Bigram:
   noise: Any
   tree: Tree = struct.field(pytree_node=False)
 
-  taps = ()
-
   @property
   def height(self):
     return self.tree.height
 
-  def init(self, model, rows, capacity):
-    return ()
-
-  def insert(self, model, state, rows, prefix):
-    return state
+  @property
+  def size(self):
+    return self.tree.size
 
   def propose(self, model, seq, request, state):
     tokens = [seq.tail()[:, 0]]
@@ -151,9 +147,6 @@ class Bigram:
       best = jnp.argsort(-(self.table[tokens[parent]] + noise[:, 0]), axis=-1)
       tokens.append(best[:, rank].astype(jnp.int32))
     return Proposal(jnp.stack(tokens, axis=1), self.tree), state
-
-  def observe(self, model, seq, state, proposal, scores, verdict):
-    return state
 
 
 def bigram(drafter: str) -> Bigram:
@@ -352,12 +345,12 @@ def planted(bug: Any) -> Iterator[Callable]:
     return when("warp_order", warp_order(warp, logits, options, history),
                 warp(logits, options, history))
 
-  def buggy_verify(verifier, state, proposal, scores) -> Verdict:
+  def buggy_verify(verifier, state, proposal, logits) -> Verdict:
     options = state.request.sampling
     for change in (filter_skipped, wrong_temperature):
       options = when(change.__name__, change(options), options)
     return verify(verifier, state.replace(
-        request=state.request.replace(sampling=options)), proposal, scores)
+        request=state.request.replace(sampling=options)), proposal, logits)
 
   def buggy_commit(self, fresh: Fresh, path, kept):
     nodes = fresh.k[0].shape[1]

@@ -24,6 +24,8 @@ def speculative() -> Stats:
     accepted=178,
     drafted_by_position=[78, 78, 78, 78],
     accepted_by_position=[65, 48, 37, 28],
+    accepted_by_node=[65, 48, 37, 28],
+    scored=390,
     draft_length=4,
     wall_seconds=1.6,
   )
@@ -37,6 +39,7 @@ def plain() -> Stats:
     new_tokens=65,
     decode_seconds=0.64,
     passes=64,
+    scored=64,
     wall_seconds=0.7,
   )
 

@@ -37,7 +37,8 @@ def arrays(options):
 
 def no_history(rows, nodes):
   return History(*(jnp.zeros(shape, jnp.int32) for shape in (
-      (rows, SLOTS), rows, rows, (rows, nodes))), jnp.eye(nodes, dtype=bool))
+      (rows, SLOTS), rows, rows, (rows, nodes))), jnp.broadcast_to(
+              jnp.eye(nodes, dtype=bool), (rows, nodes, nodes)))
 
 
 def warped(logits, *options, history=None):
@@ -82,7 +83,7 @@ def random_case(seed, rows=8):
   history = History(*(jnp.asarray(x, jnp.int32) for x in (
       rng.integers(0, VOCAB, (rows, SLOTS)), rng.integers(1, length + 1),
       length, rng.integers(0, VOCAB, (rows, TREE.size)))),
-      jnp.asarray(TREE.mask))
+      jnp.broadcast_to(TREE.mask, (rows, TREE.size, TREE.size)))
   options = [random_options(rng) for _ in range(rows)]
   return logits.astype(np.float32), options, history
 
@@ -247,7 +248,7 @@ def test_penalties_see_a_nodes_own_path():
   tokens[0, 4:] = 11                  # left over from an earlier request
   history = History(
       jnp.asarray(tokens), jnp.array([2], jnp.int32), jnp.array([4], jnp.int32),
-      jnp.asarray(nodes), jnp.asarray(TREE.mask))
+      jnp.asarray(nodes), jnp.asarray(TREE.mask)[None])
   paths = [(), (6,), (7,), (6, 8), (7, 9)]
   flat = np.ones((1, TREE.size, VOCAB), np.float32)
 
@@ -268,7 +269,7 @@ def test_frequency_counts_and_presence_does_not():
   tokens = jnp.full((1, SLOTS), 3, jnp.int32)
   history = History(
       tokens, jnp.array([2], jnp.int32), jnp.array([5], jnp.int32), nodes,
-      jnp.asarray(TREE.mask))
+      jnp.asarray(TREE.mask)[None])
   flat = jnp.ones((1, TREE.size, VOCAB))
 
   def lowered(**change):

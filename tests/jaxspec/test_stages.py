@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from jaxspec import loop, stages
-from jaxspec.base import HeadStart, Proposal
+from jaxspec.base import HeadStart, Proposal, Verdict
 from jaxspec.caches import Place
 from jaxspec.drafters.autoregressive import Autoregressive
 from jaxspec.options import as_request
@@ -161,15 +161,16 @@ def test_features_are_the_residual_stream(small, plain):
   state = batches.begin(small, drafter, PROMPTS, MIXED)
   proposal, _ = drafter.propose(small, state.seq, state.request, ())
   cache = state.seq.cache
-  scores = stages.score(small, (0, 1), cache, proposal)
+  logits, scores = stages.score(small, tapping(drafter, 0, 1), cache, proposal)
   assert len(scores.features) == 3
-  at = Place(cache.length[:, None] + LATE.depths[None], jnp.asarray(LATE.mask))
+  at = Place.of(cache.length[:, None] + LATE.depths[None],
+                jnp.asarray(LATE.mask))
   x = small.embed(proposal.tokens)
   np.testing.assert_allclose(scores.features[0], x, atol=1e-6)
   x, _ = small.extend(x, cache, small.init_fresh(cache, LATE.size), at,
                       layers=range(1))
   np.testing.assert_allclose(scores.features[1], x, atol=1e-5)
-  np.testing.assert_allclose(small.unembed(scores.features[2]), scores.logits,
+  np.testing.assert_allclose(small.unembed(scores.features[2]), logits,
                              atol=1e-4)
   # The same tokens, read as a prompt, have the same features.
   tokens, lengths = batches.padded([
@@ -190,16 +191,22 @@ def test_a_head_start_changes_nothing(small, plain):
   state = batches.begin(small, drafter, PROMPTS, MIXED)
   proposal, _ = drafter.propose(small, state.seq, state.request, ())
   cache = state.seq.cache
-  whole = stages.score(small, (1,), cache, proposal)
-  at = Place(cache.length[:, None] + LATE.depths[None], jnp.asarray(LATE.mask))
+  tapping_one = tapping(drafter, 1)
+  logits, whole = stages.score(small, tapping_one, cache, proposal)
+  at = Place.of(cache.length[:, None] + LATE.depths[None],
+                jnp.asarray(LATE.mask))
   x, fresh = small.extend(
       small.embed(proposal.tokens), cache, small.init_fresh(cache, LATE.size),
       at, layers=range(1))
-  ahead = stages.score(small, (1,), cache, proposal.replace(
+  again, ahead = stages.score(small, tapping_one, cache, proposal.replace(
       head_start=HeadStart(x, fresh, 1)))
-  np.testing.assert_allclose(ahead.logits, whole.logits, atol=1e-4)
+  np.testing.assert_allclose(again, logits, atol=1e-4)
   for a, b in zip(jax.tree.leaves(ahead.fresh), jax.tree.leaves(whole.fresh)):
     np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def tapping(drafter, *layers):
+  return drafter.replace(taps=layers)
 
 
 def test_finish_against_plain_python():
@@ -239,9 +246,14 @@ def test_counters_count_live_nodes_and_depths():
   tree = branching((2, 1))            # depths 0 1 1 2 2
   proposal = Proposal(jnp.zeros((4, 5), jnp.int32), tree,
                       live=jnp.array([5, 2, 1, 5], jnp.int32))
-  zero = stages.Counters.zeros(4, 3)
-  got = stages.count(zero, proposal, jnp.array([3, 2, 1, 0], jnp.int32))
+  zero = stages.Counters.zeros(4, 3, 5)
+  path = jnp.array([[0, 2, 4], [0, 1, 0], [0, 0, 0], [0, 1, 3]], jnp.int32)
+  kept = jnp.array([3, 2, 1, 0], jnp.int32)
+  got = stages.count(zero, proposal, Verdict(path, kept, kept))
   assert got.passes.tolist() == [1, 1, 1, 0]          # the last is finished
   assert got.nodes.tolist() == [4, 1, 0, 0]
   assert got.drafted.tolist() == [[1, 1, 0], [1, 0, 0], [0] * 3, [0] * 3]
   assert got.accepted.tolist() == [[1, 1, 0], [1, 0, 0], [0] * 3, [0] * 3]
+  assert got.used.tolist() == [[0, 0, 1, 0, 1], [0, 1, 0, 0, 0], [0] * 5,
+                               [0] * 5]
+  assert got.scored.tolist() == [5, 5, 5, 0]

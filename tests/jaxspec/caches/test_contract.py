@@ -102,7 +102,8 @@ class Record:
 
 @functools.partial(jax.jit, static_argnames="tree")
 def attend(cache, query, fresh, tree):
-  at = Place(cache.length[:, None] + tree.depths[None], jnp.asarray(tree.mask))
+  at = Place.of(cache.length[:, None] + tree.depths[None],
+                jnp.asarray(tree.mask))
   return [cache.attend(i, query, fresh, at, scale=0.3, window=window)
           for i, window in enumerate(WINDOWS)]
 
@@ -285,8 +286,8 @@ def test_a_loop_keeps_the_cache_in_place(kind, rows):
     cache = jax.tree.unflatten(kind_of, leaves)
     def step(carry):
       cache, query = carry
-      at = Place(cache.length[:, None] + jnp.arange(nodes)[None],
-                 jnp.tril(jnp.ones((nodes, nodes), bool)))
+      at = Place.of(cache.length[:, None] + jnp.arange(nodes)[None],
+                    jnp.tril(jnp.ones((nodes, nodes), bool)))
       fresh = Fresh.empty(len(windows), *shape[:2], KV_HEADS, size, dtype)
       for layer in range(len(windows)):
         new = query[:, :, :KV_HEADS]

@@ -353,7 +353,7 @@ def test_logits_equal_transformers(case, tmp_path):
       checkpoint.source(lambda array, axes: jnp.asarray(array), np.float32),
   )
   cache = model.init_cache(ContiguousCache, 1, 32, jnp.float32)
-  at = Place(jnp.arange(24)[None], jnp.tril(jnp.ones((24, 24), bool)))
+  at = Place.of(jnp.arange(24)[None], jnp.tril(jnp.ones((24, 24), bool)))
   x, _ = model.extend(
       model.embed(jnp.asarray(tokens)),
       cache,

@@ -28,6 +28,7 @@ from jaxspec.models.transformer import (
   random_source,
 )
 from jaxspec.tree import branching
+from pallas_kernels import pack
 from tests.jaxspec import batches
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -47,8 +48,8 @@ def forward(model, tokens):
   """Logits of whole texts, without a cache."""
   rows, count = tokens.shape
   cache = model.init_cache(ContiguousCache, rows, 0, model.embedding.dtype)
-  at = Place(jnp.broadcast_to(jnp.arange(count)[None], (rows, count)),
-             jnp.tril(jnp.ones((count, count), bool)))
+  at = Place.of(jnp.broadcast_to(jnp.arange(count)[None], (rows, count)),
+                jnp.tril(jnp.ones((count, count), bool)))
   x, _ = model.extend(
       model.embed(tokens), cache, model.init_fresh(cache, count), at,
       layers=range(model.depth))
@@ -71,8 +72,8 @@ def prefix(tiny):
 @pytest.fixture(scope="module")
 def nodes(tiny, prefix):
   """A tree of tokens behind them: its place, and what goes into layer 0."""
-  at = Place(prefix.cache.length[:, None] + TREE.depths[None],
-             jnp.asarray(TREE.mask))
+  at = Place.of(prefix.cache.length[:, None] + TREE.depths[None],
+                jnp.asarray(TREE.mask))
   return at, tiny.embed(random_tokens(ROWS, TREE.size, seed=1))
 
 
@@ -111,7 +112,7 @@ def test_nodes_in_two_calls_are_one_call(tiny, prefix, nodes, whole, split):
   for start, stop in ((0, split), (split, TREE.size)):
     y, fresh = extend(
         tiny, x[:, start:stop], prefix.cache, fresh,
-        Place(at.positions, at.mask[start:stop], start), range(tiny.depth))
+        Place(at.positions, at.seen[start:stop], start), range(tiny.depth))
     found.append(y)
   assert_close((jnp.concatenate(found, axis=1), fresh), whole)
 
@@ -119,12 +120,13 @@ def test_nodes_in_two_calls_are_one_call(tiny, prefix, nodes, whole, split):
 def test_a_mask_of_each_row(tiny, prefix, nodes, whole):
   at, x = nodes
   fresh = tiny.init_fresh(prefix.cache, TREE.size)
-  mask = jnp.broadcast_to(at.mask[None], (ROWS, *at.mask.shape))
-  same = extend(tiny, x, prefix.cache, fresh, at.replace(mask=mask),
+  mask = jnp.broadcast_to(jnp.asarray(TREE.mask)[None],
+                          (ROWS, TREE.size, TREE.size))
+  same = extend(tiny, x, prefix.cache, fresh, at.replace(seen=pack(mask)),
                 range(tiny.depth))
   assert_close(same, whole)
   blind = mask.at[1].set(jnp.eye(TREE.size, dtype=bool))
-  found, _ = extend(tiny, x, prefix.cache, fresh, at.replace(mask=blind),
+  found, _ = extend(tiny, x, prefix.cache, fresh, at.replace(seen=pack(blind)),
                     range(tiny.depth))
   assert_close((found[0], found[2], found[1, 0]),
                (whole[0][0], whole[0][2], whole[0][1, 0]))
@@ -348,8 +350,8 @@ def test_half_precision():
   cache = model.init_cache(ContiguousCache, 2, 16, jnp.bfloat16)
   fresh = model.init_fresh(cache, 9)
   assert {k.dtype for k in (*fresh.k, *fresh.v)} == {jnp.dtype(jnp.bfloat16)}
-  at = Place(jnp.broadcast_to(jnp.arange(9)[None], (2, 9)),
-             jnp.tril(jnp.ones((9, 9), bool)))
+  at = Place.of(jnp.broadcast_to(jnp.arange(9)[None], (2, 9)),
+                jnp.tril(jnp.ones((9, 9), bool)))
   y, after = extend(model, x, cache, fresh, at, range(2))
   assert (y.shape, y.dtype) == (x.shape, jnp.bfloat16)
   for one, other in zip(jax.tree.leaves(after), jax.tree.leaves(fresh)):

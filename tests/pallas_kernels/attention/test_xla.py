@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pallas_kernels import tree_attention
+from pallas_kernels import pack, tree_attention
 from pallas_kernels.attention import xla
 from pallas_kernels.attention.xla import BLOCK
 
@@ -91,9 +91,14 @@ def case(slots, lengths=None, *, heads=4, groups=2, start=1, by_row=False,
 
 
 def attend(arrays, places, **options):
-  return tree_attention(*map(jnp.asarray, arrays),
-                        **jax.tree.map(jnp.asarray, places),
+  return tree_attention(*map(jnp.asarray, arrays), **packed(places),
                         **{"scale": 0.4, **options})
+
+
+def packed(places):
+  """As the op wants them: masks as bits."""
+  places = jax.tree.map(jnp.asarray, places)
+  return {**places, "seen": pack(places.pop("mask"))}
 
 
 def check(arrays, places, **options):
@@ -220,7 +225,7 @@ def test_pages(page, pages, backend, monkeypatch):
     arrays, places = case(slots, lengths)
     wanted = reference(*arrays, **places, scale=0.4)
     arrays, table = paged(arrays, places, page, np.random.default_rng(page))
-    np.testing.assert_allclose(function(*arrays, **places, table=table),
+    np.testing.assert_allclose(function(*arrays, **packed(places), table=table),
                                wanted, atol=2e-5)
 
 
@@ -230,6 +235,6 @@ def test_other_backends_read_a_long_prefix_at_once(monkeypatch):
   arrays, places = case(300)
   found = jax.jit(functools.partial(
       xla.tree_attention.__wrapped__, scale=0.4, window=50, table=None,
-      logits_soft_cap=None))(*arrays, **places)
+      logits_soft_cap=None))(*arrays, **packed(places))
   np.testing.assert_allclose(
       found, reference(*arrays, **places, scale=0.4, window=50), atol=2e-5)
