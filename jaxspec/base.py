@@ -58,17 +58,22 @@ class Proposal:
     sizes: node counts that a pass is compiled for, ascending, the last one all
       N. A step takes the smallest that holds every live node. Empty for N
       alone.
+    least: a pass is at least this many nodes wide, whatever is live.
     probs: at each node, the law its children were drawn from, where they were
       drawn and a verifier wants to know.
-    kinds: for each node, which of the drafter's `kinds` of guess it is; None
-      if there is one kind.
+    kinds: for each node, which of the drafter's kinds of guess it is (see
+      `Drafter.priors`); None if there is one kind.
+    chances: that the path to each node is accepted, where the drafter knows
+      better than its kinds tell.
   """
 
   tokens: Int[Array, "B N"]
   tree: Tree | GrownTree
   live: Int[Array, "B"] | None = None
+  least: Int[Array, ""] | None = None
   probs: Float[Array, "B N V"] | None = None
   kinds: Int[Array, "B N"] | None = None
+  chances: Float[Array, "B N"] | None = None
   head_start: HeadStart | None = None
   sizes: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
@@ -113,8 +118,8 @@ class Proposal:
     live = None if self.live is None else jnp.minimum(self.live, nodes)
     return self.replace(
         tokens=cut(self.tokens), tree=self.tree.first(nodes), live=live,
-        probs=cut(self.probs), kinds=cut(self.kinds), head_start=start,
-        sizes=())
+        probs=cut(self.probs), kinds=cut(self.kinds),
+        chances=cut(self.chances), head_start=start, sizes=())
 
 
 @struct.dataclass
@@ -274,6 +279,8 @@ class Drafter(Protocol):
     size: nodes of a proposal, root included (N).
     priors: for each kind of guess the drafter makes, how often it is right,
       before anything is known.
+    costly: whether proposing takes a noticeable part of a pass.
+    unmeasured: whether it waits for what passes of its `sizes` cost.
     coupled: whether what one row is given may depend on others, as when they
       share a pass whose width is chosen. Their texts never do.
   """
@@ -283,6 +290,8 @@ class Drafter(Protocol):
   height: int
   size: int
   priors: tuple[float, ...] = (0.5,)
+  costly: bool = False
+  unmeasured: bool = False
   coupled: bool = False
 
   def init(self, model: Model, rows: int, capacity: int) -> PyTree:

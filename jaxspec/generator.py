@@ -24,6 +24,7 @@ from jaxspec.base import DecodeState, Drafter, Verifier
 from jaxspec.errors import InputError, nearest
 from jaxspec.models.transformer import Source, Transformer, abstract_source
 from jaxspec.options import Options, as_request
+from jaxspec.pacing import Meter
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
@@ -84,6 +85,7 @@ class Generator:
           model, tokenizer, functools.partial(_load_beside, model, self.mesh),
           honest=getattr(self.verifier, "honest", False), rows=rows))
     self.drafter = drafter
+    self._meter = Meter(len(drafter.sizes)) if drafter.unmeasured else None
     least = self.drafter.height + 2
     if not least <= self.capacity <= context:
       raise InputError(f"capacity must be in [{least}, {context}] (the model's "
@@ -188,9 +190,7 @@ class Generator:
         state = self._fill(state, active, waiting)
         watched = on_text is not None or any(a and a.options.stop
                                              for a in active)
-        state = loop.decode(
-            self.model, self.drafter, self.verifier, state,
-            np.int32(16 if watched else 2**30), np.bool_(not waiting))
+        state = self._decode(state, 16 if watched else 2**30, not waiting)
         state = self._collect(state, active, finished, on_completion, on_text)
       self._state = state
     return [finished[i] for i in range(len(finished))]
@@ -209,8 +209,12 @@ class Generator:
       with jax.set_mesh(self.mesh):
         state = self._fill(self._take_state(), [None] * self.rows,
                            deque([answer]))
-        steps = loop.stream(self.model, self.drafter, self.verifier, state)
       yield from answer.take(_View(state), 0)
+      while self._meter and not answer.completion:
+        with jax.set_mesh(self.mesh):
+          state = self._decode(state, 1, True)
+        yield from answer.take(_View(state), 0)
+      steps = loop.stream(self.model, self.drafter, self.verifier, state)
       while not answer.completion:
         with jax.set_mesh(self.mesh):       # not while the caller has control
           emission, state = next(steps)
@@ -241,6 +245,23 @@ class Generator:
     if state is None:
       # Nothing is released yet; but when it is, nobody shall wait for XLA.
       state = loop.release(self._init(), np.zeros(self.rows, bool))
+    return state
+
+  def _decode(self, state: DecodeState, steps: int, wait: bool) -> DecodeState:
+    """Some steps on the device; the first of a run are also measured."""
+    def decode(drafter, state, steps):
+      return loop.decode(self.model, drafter, self.verifier, state,
+                         np.int32(steps), np.bool_(wait))
+
+    if not self._meter:
+      return decode(self.drafter, state, steps)
+    state = self._meter.measure(
+        lambda state, steps, width: decode(
+            self.drafter.replace(forced=np.int32(width)), state, steps),
+        lambda state: state.counters.passes, state)
+    if self._meter.known:
+      self.drafter = self.drafter.replace(costs=self._meter.costs)
+      self._meter = None
     return state
 
   def _answers(self, prompts, options, chat) -> list[Answer]:

@@ -86,6 +86,8 @@ def width(proposal: Proposal, done: Bool[Array, "B"]) -> Int[Array, ""]:
   """Which of `sizes` is the smallest that holds every live node."""
   live = jnp.sum(proposal.alive, axis=1)
   most = jnp.max(jnp.where(done, 1, live))
+  if proposal.least is not None:
+    most = jnp.maximum(most, proposal.least)
   return jnp.sum(jnp.asarray(proposal.sizes[:-1]) < most)
 
 

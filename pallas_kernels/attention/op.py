@@ -6,7 +6,7 @@ prefix: a slot is seen if it holds a position, and if that position lies within
 the token's window.
 """
 
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.attention import xla
 from pallas_kernels.dispatch import Implementation, dispatch

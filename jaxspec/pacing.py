@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pass costs by its width, measured on the work at hand.
+
+The text does not depend on how wide passes are. So the first steps of a run
+can be taken at one width after another, with a clock beside them, and nothing
+of it is wasted.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+_State = TypeVar("_State")
+
+# Passes that are timed together, and how often each width is.
+_STEPS, _ROUNDS = 2, 4
+
+
+class Meter:
+  """Times passes of each width in turns, until every one is known."""
+
+  def __init__(self, widths: int):
+    """Knows nothing of any of so many widths yet."""
+    self._seconds: list[list[float]] = [[] for _ in range(widths)]
+    self._compiled = False
+
+  @property
+  def known(self) -> bool:
+    """Whether every width was timed often enough."""
+    return min(map(len, self._seconds)) >= _ROUNDS
+
+  @property
+  def costs(self) -> np.ndarray:
+    """Seconds of a pass of each width; the fastest run counts.
+
+    A narrow pass is a part of a wider one, so that it never costs more.
+    """
+    fastest = [min(times) for times in self._seconds]
+    return np.minimum.accumulate(fastest[::-1])[::-1].astype(np.float32)
+
+  def measure(self, decode: Callable[[_State, int, int], _State],
+              passes: Callable[[_State], Sequence[int]],
+              state: _State) -> _State:
+    """Takes a few steps at the width that was timed least.
+
+    Args:
+      decode: takes the state so many steps with passes of one width, given
+        by its number; none for 0 steps, so that it is compiled.
+      passes: how many each row has had.
+    """
+    width = int(np.argmin([len(times) for times in self._seconds]))
+    if not self._compiled:
+      state = decode(state, 0, width)
+      self._compiled = True
+    before = np.asarray(passes(state))         # waits for what is under way
+    start = time.perf_counter()
+    state = decode(state, _STEPS, width)
+    after = np.asarray(passes(state))
+    seconds = time.perf_counter() - start
+    # A row that ended has had fewer; none that runs has had more.
+    taken = int(np.max(after - before))
+    if taken:
+      self._seconds[width].append(seconds / taken)
+    return state
+
+
+def by_hand(sizes: Sequence[int], costs: Sequence[float]) -> str:
+  """The costs as an option of the adaptive drafter, to be used again."""
+  cells = ";".join(f"{c / costs[0]:.3f}" for c in costs)
+  return f"sizes=[{';'.join(map(str, sizes))}],costs=[{cells}]"
