@@ -130,6 +130,7 @@ class Bench:
       forced: takes so many steps at one width instead; (width, steps).
     """
     import jax
+    import jax.numpy as jnp
 
     from jaxspec import loop
     from jaxspec.options import as_request
@@ -144,7 +145,7 @@ class Bench:
     jax.block_until_ready(state.seq.tokens)
     part, steps = made.drafter, 2**30
     if forced is not None:
-      part, steps = part.replace(forced=np.int32(forced[0])), forced[1]
+      part, steps = part.replace(forced=jnp.asarray(forced[0])), forced[1]
     with machine.ForeignLoad() as load:
       start = time.perf_counter()
       state = loop.decode(made.model, part, made.verifier, state,
@@ -190,6 +191,8 @@ def sections() -> Iterator[tuple[str, int]]:
 def measure(dtype: str, rows: int, prompts: dict[str, list[str]]
             ) -> dict[str, Any]:
   """All drafters, categories and temperatures of one section."""
+  import jax.numpy as jnp
+
   from jaxspec.generator import Options
   bench = Bench(dtype, rows, FLAGS.drafter)
   runs, curve = [], {}
@@ -216,7 +219,7 @@ def measure(dtype: str, rows: int, prompts: dict[str, list[str]]
               if sizes:
                 costs = np.interp(sizes, list(curve), told)
                 made.drafter = made.drafter.replace(
-                    costs=np.asarray(costs, np.float32))
+                    costs=jnp.asarray(costs, jnp.float32))
         order = [PLAIN, *FLAGS.drafter]
         shift = number % len(order)
         for text in (*order[shift:], *order[:shift]):

@@ -12,10 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec.base import Proposal, Verdict
 
-# How many judgements back half the weight lies, of a row and of all rows.
-_ROW_MEMORY, _SHARED_MEMORY = 0.93, 0.995
+# What each judgement leaves of the weight of older ones.
+_ROW_MEMORY, _SHARED_MEMORY = 0.97, 0.995
 # How many judgements of its own outweigh what was believed before.
-_ROW_DOUBT, _SHARED_DOUBT = 4.0, 8.0
+_ROW_DOUBT, _SHARED_DOUBT = 3.0, 8.0
 
 
 @struct.dataclass

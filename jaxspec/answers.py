@@ -59,14 +59,15 @@ class Answer:
 
   def __init__(self, index: int, prompt: str, prompt_ids: list[int],
                options: Options, tokenizer: Any, eos_ids: Sequence[int], *,
-               draft_length: int, verifier: str):
+               draft_length: int, verifier: str, drafter: str):
     self.index, self.prompt, self.prompt_ids = index, prompt, prompt_ids
     self.options, self._tokenizer = options, tokenizer
     self.completion: Completion | None = None
     self._stops = {*(() if options.ignore_eos else eos_ids),
                    *options.stop_token_ids}
     self._stats = Stats(prompt_tokens=len(prompt_ids), seed=options.seed,
-                        verifier=verifier, draft_length=draft_length)
+                        verifier=verifier, draft_length=draft_length,
+                        drafter=drafter, task=options.task)
     self._stream = tokenizer.stream() if tokenizer else None
     self._taken = 0            # tokens already seen
     self._text = ""            # their text, as far as it is whole characters

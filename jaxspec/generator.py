@@ -21,6 +21,7 @@ import numpy as np
 from jaxspec import caches, drafters, loop, sharding, verifiers
 from jaxspec.answers import Answer, Completion, TextEvent
 from jaxspec.base import DecodeState, Drafter, Verifier
+from jaxspec.drift import DriftMonitor
 from jaxspec.errors import InputError, nearest
 from jaxspec.models.transformer import Source, Transformer, abstract_source
 from jaxspec.options import Options, as_request
@@ -43,6 +44,7 @@ class Generator:
       then takes and gives token ids alone.
     rows: prompts decoded side by side.
     capacity: most tokens of a prompt and its answer together.
+    drift: acceptance of all that was generated so far, by task.
   """
 
   def __init__(self, model: Transformer, tokenizer: Any = None, *,
@@ -80,6 +82,8 @@ class Generator:
       raise InputError(f"rows must be at least 1, got {rows}")
     self.verifier = (verifiers.parse(verifier) if isinstance(verifier, str)
                      else verifier)
+    self._drafter_name = (drafter if isinstance(drafter, str)
+                          else type(drafter).__name__)
     if isinstance(drafter, str):
       drafter = drafters.parse(drafter, drafters.Target(
           model, tokenizer, functools.partial(_load_beside, model, self.mesh),
@@ -102,6 +106,7 @@ class Generator:
     jax.eval_shape(lambda: jax.tree.leaves(new_cache()))
     self._buckets = _buckets(self.capacity)
     self._busy = False
+    self.drift = DriftMonitor()
     self._init = jax.jit(lambda: loop.init(
         self.model, self.drafter, new_cache(), capacity=self.capacity,
         stops=_STOPS, biases=_BIASES))
@@ -224,6 +229,7 @@ class Generator:
           count = int(emission.count[0])
           drafted = np.asarray(emission.tokens)[0, :count].tolist()
           yield from answer.guess(drafted)
+      self.drift.add(answer.completion.stats)
       with jax.set_mesh(self.mesh):
         self._state = loop.release(state, np.ones(self.rows, bool))
 
@@ -257,10 +263,10 @@ class Generator:
       return decode(self.drafter, state, steps)
     state = self._meter.measure(
         lambda state, steps, width: decode(
-            self.drafter.replace(forced=np.int32(width)), state, steps),
+            self.drafter.replace(forced=jnp.asarray(width, jnp.int32)), state, steps),
         lambda state: state.counters.passes, state)
     if self._meter.known:
-      self.drafter = self.drafter.replace(costs=self._meter.costs)
+      self.drafter = self.drafter.replace(costs=jnp.asarray(self._meter.costs))
       self._meter = None
     return state
 
@@ -289,7 +295,8 @@ class Generator:
                  stops=_STOPS, biases=_BIASES)
       answers.append(Answer(index, text, ids, option, self.tokenizer,
                             self.eos_ids, draft_length=self.drafter.height,
-                            verifier=_name(self.verifier)))
+                            verifier=_name(self.verifier),
+                            drafter=self._drafter_name))
     return answers
 
   def _read(self, prompt: Prompt, chat: bool, index: int
@@ -395,6 +402,7 @@ class Generator:
       if answer.completion:
         active[row] = None
         finished[answer.index] = answer.completion
+        self.drift.add(answer.completion.stats)
         abandoned[row] = not view.done[row]
         if on_completion:
           on_completion(answer.index, answer.completion)

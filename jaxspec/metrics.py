@@ -47,6 +47,8 @@ class Stats:
     seed: seed of the noise, or None where requests differ.
     verifier: name of the verifier, or "mixed".
     draft_length: longest path of a proposal; 0 is plain decoding.
+    drafter: what drafted, as it was named; "mixed" where requests differ.
+    task: the caller's word for what was asked, "" for none, or "mixed".
     wall_seconds: from the request to its completion; of several requests,
       whatever the caller measured, else the sum.
     dropped: tokens decoded and thrown away by the host, which alone can see
@@ -71,6 +73,8 @@ class Stats:
   seed: int | None = 0
   verifier: str = "exact"
   draft_length: int = 0
+  drafter: str = "autoregressive"
+  task: str = ""
   wall_seconds: float = 0.0
   dropped: int = 0
   requests: int = 1
@@ -124,7 +128,9 @@ class Stats:
         "dropped",
       )
     }
-    same_verifier = self.verifier == other.verifier
+    def same(name):
+      value = getattr(self, name)
+      return value if value == getattr(other, name) else "mixed"
     return Stats(
       **sums,
       first_token_seconds=first_token / requests if requests else 0.0,
@@ -136,7 +142,9 @@ class Stats:
       ),
       accepted_by_node=_add(self.accepted_by_node, other.accepted_by_node),
       seed=self.seed if self.seed == other.seed else None,
-      verifier=self.verifier if same_verifier else "mixed",
+      verifier=same("verifier"),
+      drafter=same("drafter"),
+      task=same("task"),
       draft_length=max(self.draft_length, other.draft_length),
       requests=requests,
     )

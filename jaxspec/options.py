@@ -33,6 +33,7 @@ class Options:
     stop_token_ids: tokens that end the answer beside the model's own.
     ignore_eos: whether the model's own end tokens are ordinary tokens.
     logprobs: whether to return each token's log-probability under the model.
+    task: your word for what is asked; statistics are told apart by it.
 
   Raises:
     InputError: a value out of range.
@@ -52,6 +53,7 @@ class Options:
   stop_token_ids: tuple[int, ...] = ()
   ignore_eos: bool = False
   logprobs: bool = False
+  task: str = ""
 
   def __post_init__(self):
     _whole("max_new_tokens", self.max_new_tokens, 1, 2**30)

@@ -41,5 +41,9 @@ def check(function):
 
 
 def _stands_in(leaf) -> bool:
-  return isinstance(leaf, (jax.sharding.Sharding, jax.ShapeDtypeStruct,
-                           jax.stages.ArgInfo))
+  if isinstance(leaf, (jax.sharding.Sharding, jax.ShapeDtypeStruct,
+                       jax.stages.ArgInfo)):
+    return True
+  # Some have no public name.
+  return type(leaf).__module__.startswith("jax._src") and not isinstance(
+      leaf, (jax.Array, jax.core.ShapedArray))

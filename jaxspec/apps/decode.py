@@ -119,7 +119,8 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     "prompts",
     None,
-    "a JSONL file of objects with prompt, messages or turns (its first turn)",
+    "a JSONL file of objects with prompt, messages or turns (its first turn), "
+    "and perhaps a task or category, by which acceptance is told apart",
     flag_values=values,
   )
   flags.DEFINE_boolean(
@@ -146,7 +147,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(settings: types.SimpleNamespace) -> None:
   """Decodes what the settings ask for."""
-  prompts = read_prompts(settings)
+  prompts, tasks = read_prompts(settings)
   results = _open_results(settings, prompts)
   if results is None:
     launch.say(f"{settings.output} is complete: nothing to do")
@@ -158,22 +159,24 @@ def main(settings: types.SimpleNamespace) -> None:
     if settings.prompts is None:
       _decode_one(generator, prompts[0], options, settings, results)
     else:
-      _decode_many(generator, prompts, options, settings, results)
+      _decode_many(generator, prompts, tasks, options, settings, results)
   except BaseException:
     results.stop()
     raise
 
 
-def read_prompts(settings: types.SimpleNamespace) -> list[Prompt]:
-  """Returns the prompts of --prompt or --prompts."""
+def read_prompts(
+  settings: types.SimpleNamespace,
+) -> tuple[list[Prompt], list[str]]:
+  """Returns the prompts of --prompt or --prompts, and the task of each."""
   if (settings.prompt is None) == (settings.prompts is None):
     raise InputError("pass one of --prompt=TEXT and --prompts=FILE.jsonl")
   if settings.resume and settings.output is None:
     raise InputError("--resume needs the --output=FILE.jsonl to go on with")
   if settings.prompt == "-":
-    return [sys.stdin.read()]
+    return [sys.stdin.read()], [""]
   if settings.prompt is not None:
-    return [settings.prompt]
+    return [settings.prompt], [""]
   path = os.path.expanduser(settings.prompts)
   try:
     with open(path, encoding="utf-8") as file:
@@ -184,17 +187,18 @@ def read_prompts(settings: types.SimpleNamespace) -> list[Prompt]:
     raise InputError(
       f"--prompts={path}: byte {e.start} is not UTF-8; save the file as UTF-8"
     ) from e
-  prompts = [
+  found = [
     _read_prompt(line, f"{path}:{number}")
     for number, line in enumerate(lines, 1)
     if line.strip()
   ]
-  if not prompts:
+  if not found:
     raise InputError(f"--prompts={path} holds no prompt")
-  return prompts
+  prompts, tasks = zip(*found)
+  return list(prompts), list(tasks)
 
 
-def _read_prompt(line: str, where: str) -> Prompt:
+def _read_prompt(line: str, where: str) -> tuple[Prompt, str]:
   try:
     item = json.loads(line)
   except (ValueError, RecursionError) as e:
@@ -208,8 +212,11 @@ def _read_prompt(line: str, where: str) -> Prompt:
     )
   key = found[0]
   value = item[key]
+  task = item.get("task", item.get("category", ""))
+  if not isinstance(task, str):
+    raise InputError(f"{where}: task must be text, got {task!r:.60}")
   if key == "messages":
-    return _read_messages(value, where)
+    return _read_messages(value, where), task
   if key == "turns":
     if not isinstance(value, list) or not value:
       raise InputError(f"{where}: turns must be a list of at least one string")
@@ -217,7 +224,7 @@ def _read_prompt(line: str, where: str) -> Prompt:
   is_ids = isinstance(value, list) and all(type(i) is int for i in value)
   if not isinstance(value, str) and not (key == "prompt" and is_ids):
     raise InputError(f"{where}: {key} must hold text, got {value!r:.60}")
-  return value
+  return value, task
 
 
 def _read_messages(value: Any, where: str) -> list[dict[str, str]]:
@@ -277,6 +284,7 @@ def _decode_one(
 def _decode_many(
   generator: Generator,
   prompts: Sequence[Prompt],
+  tasks: Sequence[str],
   options: Options,
   settings: types.SimpleNamespace,
   results: Results,
@@ -301,7 +309,7 @@ def _decode_many(
     ):
       completions = generator.generate(
         [prompts[i] for i in waiting],
-        options,
+        [dataclasses.replace(options, task=tasks[i]) for i in waiting],
         chat=settings.chat,
         on_completion=on_completion,
       )
@@ -310,6 +318,9 @@ def _decode_many(
   whole = metrics.total([c.stats for c in completions], wall_seconds=wall)
   _count(whole, compiles)
   print(whole.line(), file=sys.stderr, flush=True)
+  if any(tasks) or generator.drift.alarms:
+    for line in generator.drift.lines():
+      print(line, file=sys.stderr, flush=True)
 
 
 # Settings that change neither text nor statistics worth comparing.

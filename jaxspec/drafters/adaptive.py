@@ -138,7 +138,9 @@ class Adaptive(Drafter):
 
   def propose(self, model, seq, request, state):
     def ask():
-      return self.drafter.propose(model, seq, request, state.inner)
+      made, inner = self.drafter.propose(model, seq, request, state.inner)
+      live = jnp.sum(made.alive, axis=1, dtype=jnp.int32)
+      return made.replace(live=live), inner
 
     if self.drafter.costly:
       asleep = self._asleep(state)
@@ -151,7 +153,7 @@ class Adaptive(Drafter):
                        axis=0, where=state.running[:, None])
     width = self._choose(state, expected)
     most = jnp.asarray(self.sizes)[width]
-    live = jnp.sum(proposal.alive, axis=1, dtype=jnp.int32)
+    live = proposal.live
     offered = asleep | jnp.any((live > 1) & state.running)
     declined = jnp.where(width > 0, 0, state.declined + offered)
     # Who measures wants a pass of just this width, whatever was drafted.
@@ -179,9 +181,8 @@ class Adaptive(Drafter):
     """A proposal of the root alone, in the shape of the drafter's."""
     like, _ = jax.eval_shape(ask)
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-    live = jnp.ones(seq.length.shape, jnp.int32)
     return empty.replace(tokens=empty.tokens.at[:, :1].set(seq.tail()),
-                         live=live), state.inner
+                         live=jnp.ones_like(empty.live)), state.inner
 
   def _expected(self, state, proposal):
     """Tokens each row may expect of a pass of each width, `[B sizes]`."""

@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trees: everything derived from `parents`, against walks up the tree."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxspec.tree import Tree, branching, chain, from_paths, root
+from jaxspec.tree import (
+  GrownTree,
+  Tree,
+  branching,
+  chain,
+  from_paths,
+  grow,
+  root,
+)
 
 # Published beside Medusa's heads (github.com/FasterDecoding/Medusa,
 # medusa_choices.py): `mc_sim_7b_63`, in its own order.
@@ -152,3 +161,69 @@ def test_equal_trees_are_one_program():
 def test_what_is_no_tree_is_refused(parents, message):
   with pytest.raises(ValueError, match=message):
     Tree(parents)
+
+
+def trie(tokens, parents, chances, nodes):
+  """Paths as tuples of tokens, each with its chance; the likeliest first."""
+  paths, known = {0: ()}, {(): 1.0}
+  first = {(): 0}
+  for i in range(1, len(tokens)):
+    above = paths.get(max(parents[i], 0))
+    paths[i] = None if above is None or not chances[i] else (
+        *above, tokens[i])
+  for depth in range(1, len(tokens)):
+    best = {}
+    for i, path in paths.items():
+      if path is not None and len(path) == depth:
+        best[path] = max(best.get(path, 0.0), chances[i])
+        first.setdefault(path, i)
+    for path, chance in best.items():
+      known[path] = known[path[:-1]] * chance
+  order = sorted(known, key=lambda p: (-known[p], first[p]))[:nodes]
+  return [(p, known[p]) for p in order], paths
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_grow_against_a_trie(data):
+  count = data.draw(st.integers(2, 9))
+  parents = [-1] + [data.draw(st.integers(0, i - 1)) for i in range(1, count)]
+  tokens = [9] + [data.draw(st.integers(0, 2)) for _ in range(count - 1)]
+  chances = [1.0] + [data.draw(st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+                     for _ in range(count - 1)]
+  nodes = data.draw(st.integers(2, count))
+  depth = [0] * count
+  for i in range(1, count):
+    depth[i] = depth[parents[i]] + 1
+  tree, said, path, place = grow(
+      *(jnp.asarray([x], t) for x, t in ((tokens, jnp.int32),
+                                         (parents, jnp.int32),
+                                         (chances, jnp.float32))),
+      nodes=nodes, height=max(depth))
+  wanted, paths = trie(tokens, parents, chances, nodes)
+  alive = int(np.sum(np.asarray(path)[0] > 0))
+  assert alive == len(wanted)
+  found = []
+  for node in range(alive):
+    on_path = np.flatnonzero(np.asarray(tree.mask)[0, node])
+    found.append(tuple(int(said[0, n]) for n in on_path if n))
+  assert found == [p for p, _ in wanted]
+  np.testing.assert_allclose(path[0, :alive], [c for _, c in wanted])
+  # Parents first, and every candidate knows its node.
+  assert all(int(p) < n for n, p in enumerate(tree.parents[0]))
+  for i in range(count):
+    at = found.index(paths[i]) if paths[i] in found else nodes
+    assert int(place[0, i]) == at
+  # The leading nodes are a tree.
+  few = max(1, nodes // 2)
+  np.testing.assert_array_equal(tree.first(few).mask,
+                                np.asarray(tree.mask)[:, :few, :few])
+
+
+def test_a_grown_tree_is_the_static_one_of_its_parents():
+  for static in (chain(5), branching((2, 2, 1)), root()):
+    grown = GrownTree(jnp.asarray([static.parents] * 2, jnp.int32),
+                      static.height)
+    np.testing.assert_array_equal(grown.mask[1], static.mask)
+    np.testing.assert_array_equal(grown.depths[1], static.depths)
+    assert grown.size == static.size
