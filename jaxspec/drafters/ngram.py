@@ -13,13 +13,12 @@ bucket are left out, rarest first.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import struct
-from jaxtyping import Array, Bool, Int, UInt32
-from safetensors import SafetensorError, numpy as safetensors
+from jaxtyping import Array, Int, UInt32
+from safetensors import numpy as safetensors
 
 from jaxspec import naming
 from jaxspec.base import Drafter, Proposal
