@@ -113,7 +113,8 @@ class GrownTree:
   @property
   def mask(self) -> Bool[Array, "B N N"]:
     node = jnp.arange(self.size)
-    seen = (node[:, None] == node) | (self.parents[..., None] == node)
+    seen = jnp.eye(self.size, dtype=bool)[None] | (
+        self.parents[..., None] == node[None, None])
     reach = 1
     while reach < self.height:        # twice as far with every round
       seen = jnp.einsum("bij,bjk->bik", *[seen.astype(jnp.float32)] * 2) > 0
@@ -184,6 +185,26 @@ def grow(tokens: Int[Array, "B M"], parents: Int[Array, "B M"],
   parent = jnp.where(chosen > 0, parent, 0).at[:, 0].set(-1)
   return (GrownTree(parent, height),
           jnp.take_along_axis(tokens, order, axis=1), order, chosen)
+
+
+def prune(tree: Tree, kept: Bool[Array, "B N"]
+          ) -> tuple[GrownTree, Int[Array, "B N"]]:
+  """Moves the nodes that are not wanted behind the others.
+
+  Args:
+    kept: which nodes are wanted: the root, and of no node without its parent.
+
+  Returns:
+    The tree, the wanted nodes first and in their order; and which node of
+    `tree` each of its nodes is.
+  """
+  order = jnp.argsort(~kept, axis=1, stable=True)
+  place = jnp.argsort(order, axis=1)
+  parents = jnp.asarray(np.maximum(tree.parents, 0))[order]
+  parents = jnp.take_along_axis(place, parents, axis=1)
+  kept = jnp.take_along_axis(kept, order, axis=1)
+  parents = jnp.where(kept, parents, 0).at[:, 0].set(-1)
+  return GrownTree(parents, tree.height), order
 
 
 def root() -> Tree:
