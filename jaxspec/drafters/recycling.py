@@ -13,9 +13,9 @@ import heapq
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
-from jaxspec import naming
+from jaxspec import naming, sharding
 from jaxspec.base import Drafter, Proposal
 from jaxspec.tree import Tree, prune
 
@@ -102,7 +102,11 @@ class Recycling(Drafter):
     outdone = jnp.any((tokens[:, :, None] == tokens[:, None])
                       & (say[:, :, None] < say[:, None]), axis=-1)
     heard = jnp.where((say >= 0) & ~outdone, tokens, state.shape[1])
-    return state.at[rows, heard].set(scores.top, mode="drop")
+    # Whole on each device of a row, or XLA would part the ranks among them
+    # and gather the table in every step.
+    top = sharding.constrain(scores.top, "rows", None, None)
+    return sharding.constrain(state.at[rows, heard].set(top, mode="drop"),
+                              "rows", None, None)
 
 
 def chances(ranks: int) -> tuple[float, ...]:
