@@ -143,7 +143,8 @@ class Lookahead(Drafter):
   def stray(self, tokens: Int[Array, "B C"], length: Int[Array, "B"],
             columns: Int[Array, "B W"]) -> Int[Array, "B L W"]:
     """Something to begin with: pieces from anywhere in the text."""
-    mixed = (length[:, None] + columns).astype(jnp.uint32) * np.uint32(0x9E3779B1)
+    mixed = (length[:, None] + columns).astype(jnp.uint32)
+    mixed = mixed * np.uint32(0x9E3779B1)
     start = (mixed >> 8).astype(jnp.int32)[:, None]
     level = jnp.arange(self.levels)[None, :, None]
     place = (start + level) % length[:, None, None]
