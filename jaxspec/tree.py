@@ -113,8 +113,8 @@ class GrownTree:
   @property
   def mask(self) -> Bool[Array, "B N N"]:
     node = jnp.arange(self.size)
-    seen = jnp.eye(self.size, dtype=bool)[None] | (
-        self.parents[..., None] == node[None, None])
+    seen = (jnp.eye(self.size, dtype=bool)[None]
+            | (self.parents[..., None] == node[None, None]))
     reach = 1
     while reach < self.height:        # twice as far with every round
       seen = jnp.einsum("bij,bjk->bik", *[seen.astype(jnp.float32)] * 2) > 0
@@ -128,8 +128,8 @@ class GrownTree:
 
 def grow(tokens: Int[Array, "B M"], parents: Int[Array, "B M"],
          chances: Float[Array, "B M"], *, nodes: int, height: int
-         ) -> tuple[GrownTree, Int[Array, "B N"], Int[Array, "B N"],
-                    Float[Array, "B N"]]:
+         ) -> tuple[GrownTree, Int[Array, "B N"], Float[Array, "B N"],
+                    Int[Array, "B M"]]:
   """Joins candidates into one tree of the likeliest nodes.
 
   Candidates that say the same behind the same path become one node.
@@ -143,9 +143,9 @@ def grow(tokens: Int[Array, "B M"], parents: Int[Array, "B M"],
     height: no candidate is deeper.
 
   Returns:
-    The tree, likeliest nodes first; its tokens; which candidate each node is
-    (the first that said it); and the chance that the path to it is accepted,
-    0 for a node that is none.
+    The tree, likeliest nodes first; its tokens; the chance that the path to
+    each node is accepted, 0 for a node that is none; and the node that each
+    candidate became, `nodes` for one that was left out.
   """
   rows, count = tokens.shape
   index = jnp.arange(count)
@@ -178,13 +178,14 @@ def grow(tokens: Int[Array, "B M"], parents: Int[Array, "B M"],
   # later where it is as likely, so that the order is topological.
   order = jnp.argsort(-path, axis=1, stable=True)[:, :nodes]
   chosen = jnp.take_along_axis(path, order, axis=1)
-  place = jnp.zeros_like(same).at[
-      jnp.arange(rows)[:, None], order].set(jnp.arange(nodes)[None])
-  parent = jnp.take_along_axis(up(same), order, axis=1)
-  parent = jnp.take_along_axis(place, parent, axis=1)
+  place = jnp.full_like(same, nodes).at[
+      jnp.arange(rows)[:, None], order].set(jnp.where(
+          chosen > 0, jnp.arange(nodes)[None], nodes))
+  place = jnp.take_along_axis(place, same, axis=1)
+  parent = jnp.take_along_axis(up(place), order, axis=1)
   parent = jnp.where(chosen > 0, parent, 0).at[:, 0].set(-1)
   return (GrownTree(parent, height),
-          jnp.take_along_axis(tokens, order, axis=1), order, chosen)
+          jnp.take_along_axis(tokens, order, axis=1), chosen, place)
 
 
 def prune(tree: Tree, kept: Bool[Array, "B N"]

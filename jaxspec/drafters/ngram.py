@@ -10,6 +10,7 @@ the second which of the few there it is; contexts that are too many for a
 bucket are left out, rarest first.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -46,8 +47,11 @@ class Ngram(Drafter):
   length: int = struct.field(pytree_node=False, default=4)
 
   @classmethod
-  def build(cls, target, table, length=4):
+  def build(cls, target, table="", length=4):
     """Reads the table in file `table`."""
+    if not table:
+      raise InputError("ngram needs table=FILE, made with "
+                       "jaxspec.drafters.ngram.learn and save")
     naming.whole("ngram", "length", length, 1, 64)
     arrays, about = load(str(table))
     if int(about["vocab"]) != target.model.vocab:
@@ -167,9 +171,16 @@ def learn(texts: Iterable[Sequence[int]], *, orders: int = 3,
   return {"checks": checks, "following": following}
 
 
-def save(path: str, table: dict[str, np.ndarray], *, vocab: int,
+def save(path: str | os.PathLike, table: dict[str, np.ndarray], *, vocab: int,
          orders: int) -> None:
-  """Writes what `learn` returned, and for which vocabulary."""
+  """Writes what `learn` returned, and for which vocabulary.
+
+  Raises:
+    InputError: the table says what is not in the vocabulary.
+  """
+  if table["following"].max() >= vocab:
+    raise InputError(f"ngram: token {table['following'].max()} was learnt, "
+                     f"and the vocabulary has {vocab}")
   numpy.save_file(table, path, {
       "format": _FORMAT, "vocab": str(vocab), "orders": str(orders)})
 

@@ -90,13 +90,16 @@ class PromptLookup(Drafter):
     def spread(values):
       values = jnp.repeat(values, self.length, axis=1)
       return jnp.pad(values, ((0, 0), (1, 0)))
-    tree, tokens, order, path = grow(
+    tree, tokens, path, place = grow(
         jnp.concatenate([root, tokens.reshape(rows, -1)], axis=1),
         jnp.broadcast_to(parents[None], (rows, self.most)), spread(chances),
         nodes=self.size, height=self.length)
+    # A node is of the kind of its best match.
+    kinds = jnp.zeros_like(tokens).at[jnp.arange(rows)[:, None], place].max(
+        spread(kinds), mode="drop")
     return Proposal(
         tokens, tree, live=jnp.sum(path > 0, axis=1, dtype=jnp.int32),
-        kinds=jnp.take_along_axis(spread(kinds), order, axis=1))
+        kinds=kinds)
 
   def look_up(self, tokens: Int[Array, "C"], length: Int[Array, ""]
               ) -> tuple[Int[Array, "K"], Int[Array, ""]]:
