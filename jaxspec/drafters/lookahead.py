@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxspec import naming
 from jaxspec.base import Drafter, Proposal
@@ -152,13 +152,13 @@ class Lookahead(Drafter):
         tokens, place.reshape(len(tokens), -1), axis=1).reshape(place.shape)
 
   def bucket(self, pool: Int[Array, "B H E"], first: Int[Array, "B"]
-             ) -> Int[Array, "B G E"]:
+             ) -> Int[Array, "B G n"]:
     """The n-grams that are kept where those beginning so are."""
     held = pool[jnp.arange(len(pool)), first % self.buckets]
     return held.reshape(len(pool), self.guesses, self.levels + 1)
 
   def remember(self, pool: Int[Array, "B H E"], ngram: Int[Array, "B n"],
-               wanted: Array) -> Int[Array, "B H E"]:
+               wanted: Bool[Array, "B"]) -> Int[Array, "B H E"]:
     """Puts an n-gram first in its bucket, and the oldest out."""
     held = self.bucket(pool, ngram[:, 0])
     same = jnp.all(held == ngram[:, None], axis=-1)
