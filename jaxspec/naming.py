@@ -74,3 +74,14 @@ def split(text: str, separator: str) -> list[str]:
   if depth:
     raise InputError(f"{text!r} has brackets that do not match")
   return parts
+
+
+def whole(owner: str, name: str, value: Any, low: int, high: int) -> None:
+  """Sees to it that an option is an integer within bounds.
+
+  Raises:
+    InputError: it is not.
+  """
+  if type(value) is not int or not low <= value <= high:
+    raise InputError(f"{owner}: {name} must be an integer in [{low}, {high}], "
+                     f"got {value!r}")

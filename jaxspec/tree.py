@@ -188,6 +188,26 @@ def grow(tokens: Int[Array, "B M"], parents: Int[Array, "B M"],
           jnp.take_along_axis(tokens, order, axis=1), chosen, place)
 
 
+def prune(tree: Tree, kept: Bool[Array, "B N"]
+          ) -> tuple[GrownTree, Int[Array, "B N"]]:
+  """Moves the nodes that are not wanted behind the others.
+
+  Args:
+    kept: which nodes are wanted: the root, and of no node without its parent.
+
+  Returns:
+    The tree, the wanted nodes first and in their order; and which node of
+    `tree` each of its nodes is.
+  """
+  order = jnp.argsort(~kept, axis=1, stable=True)
+  place = jnp.argsort(order, axis=1)
+  parents = jnp.asarray(np.maximum(tree.parents, 0))[order]
+  parents = jnp.take_along_axis(place, parents, axis=1)
+  kept = jnp.take_along_axis(kept, order, axis=1)
+  parents = jnp.where(kept, parents, 0).at[:, 0].set(-1)
+  return GrownTree(parents, tree.height), order
+
+
 def root() -> Tree:
   """The tree that guesses nothing."""
   return Tree((-1,))

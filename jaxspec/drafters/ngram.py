@@ -10,15 +10,16 @@ the second which of the few there it is; contexts that are too many for a
 bucket are left out, rarest first.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
+import safetensors
 from flax import struct
 from jaxtyping import Array, Int, UInt32
-from safetensors import numpy as safetensors
+from safetensors import numpy
 
 from jaxspec import naming
 from jaxspec.base import Drafter, Proposal
@@ -46,8 +47,11 @@ class Ngram(Drafter):
   length: int = struct.field(pytree_node=False, default=4)
 
   @classmethod
-  def build(cls, target, table, length=4):
+  def build(cls, target, table="", length=4):
     """Reads the table in file `table`."""
+    if not table:
+      raise InputError("ngram needs table=FILE, made with "
+                       "jaxspec.drafters.ngram.learn and save")
     naming.whole("ngram", "length", length, 1, 64)
     arrays, about = load(str(table))
     if int(about["vocab"]) != target.model.vocab:
@@ -167,16 +171,34 @@ def learn(texts: Iterable[Sequence[int]], *, orders: int = 3,
   return {"checks": checks, "following": following}
 
 
-def save(path: str, table: dict[str, np.ndarray], *, vocab: int,
+def save(path: str | os.PathLike, table: dict[str, np.ndarray], *, vocab: int,
          orders: int) -> None:
-  """Writes what `learn` returned, and for which vocabulary."""
-  epath.Path(path).write_bytes(safetensors.save(
-      table, {"format": _FORMAT, "vocab": str(vocab), "orders": str(orders)}))
+  """Writes what `learn` returned, and for which vocabulary.
+
+  Raises:
+    InputError: the table says what is not in the vocabulary.
+  """
+  if table["following"].max() >= vocab:
+    raise InputError(f"ngram: token {table['following'].max()} was learnt, "
+                     f"and the vocabulary has {vocab}")
+  numpy.save_file(table, path, {
+      "format": _FORMAT, "vocab": str(vocab), "orders": str(orders)})
 
 
 def load(path: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   """Reads a table, and what is said about it.
 
   Raises:
-    InputError: there is none, or it is none.
+    InputError: there is none, or the file is something else.
   """
+  try:
+    with safetensors.safe_open(path, framework="np") as file:
+      about = file.metadata() or {}
+      table = {name: file.get_tensor(name) for name in file.keys()}
+  except (OSError, safetensors.SafetensorError) as error:
+    raise InputError(f"ngram: cannot read a table from {path!r}: {error}"
+                     ) from error
+  if about.get("format") != _FORMAT:
+    raise InputError(f"ngram: {path!r} holds no table of n-grams; make one "
+                     "with jaxspec.drafters.ngram.learn and save")
+  return table, about

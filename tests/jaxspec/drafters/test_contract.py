@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from jaxspec import drafters, loop
+from jaxspec.drafters import ngram
 from jaxspec.drafters.autoregressive import Autoregressive
 from jaxspec.profiling import count_compiles
 from jaxspec.tree import branching, chain, from_paths
@@ -27,17 +28,17 @@ from tests.jaxspec.batches import GREEDY, SAMPLED, Scripted
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # What to write behind a drafter's name here; nothing unless it is listed.
-SETTINGS = {"prompt_lookup": "length=4"}
+SETTINGS = {
+    "lookahead": "window=3,levels=2,guesses=3,buckets=16",
+    "ngram": "table={file},length=3",
+    "prompt_lookup": "length=4",
+    "recycling": "nodes=12,ranks=4"}
 TOKENS = 40
 LONG = {
     "greedy": dataclasses.replace(GREEDY, max_new_tokens=TOKENS),
     "sampled": dataclasses.replace(SAMPLED, max_new_tokens=TOKENS)}
 PROMPTS = batches.prompts(4)
 EVERY = pytest.mark.parametrize("name", drafters.names())
-
-
-def make(name: str):
-  return drafters.parse(f"{name}:{SETTINGS.get(name, '')}")
 
 
 def options(law: str, rows: int = 4):
@@ -53,6 +54,28 @@ def plain(small):
       for law in LONG}
 
 
+def learn(path, plain):
+  """Learns n-grams from half of the answers."""
+  table = ngram.learn([answer for law in LONG for answer in plain[law][::2]],
+                      min_count=1, size=4096)
+  ngram.save(path, table, vocab=64, orders=3)
+
+
+# What writes the file that a drafter reads.
+FILES = {"ngram": learn}
+
+
+@pytest.fixture(scope="module")
+def make(small, plain, tmp_path_factory):
+  """Makes the drafter of a name."""
+  def made(name):
+    path = tmp_path_factory.mktemp(name) / "file"
+    FILES.get(name, lambda path, plain: None)(path, plain)
+    text = f"{name}:{SETTINGS.get(name, '')}".format(file=path)
+    return drafters.parse(text, drafters.Target(model=small))
+  return made
+
+
 def test_plain_decoding_samples(plain):
   """Else "sampled" would be a second "greedy"."""
   assert plain["sampled"] != plain["greedy"]
@@ -61,7 +84,7 @@ def test_plain_decoding_samples(plain):
 
 @pytest.mark.parametrize("kind", batches.cache_kinds())
 @EVERY
-def test_text_is_that_of_plain_decoding(small, plain, name, kind):
+def test_text_is_that_of_plain_decoding(small, plain, make, name, kind):
   drafter = make(name)
   for law in LONG:
     state = batches.run(small, drafter, PROMPTS, options(law), kind=kind,
@@ -73,7 +96,7 @@ def test_text_is_that_of_plain_decoding(small, plain, name, kind):
 
 
 @EVERY
-def test_rows_are_independent(small, plain, name):
+def test_rows_are_independent(small, plain, make, name):
   """Of their place, of their neighbours, of how many there are."""
   drafter, order = make(name), [2, 0, 3, 1]
   state = batches.run(small, drafter, [PROMPTS[i] for i in order],
@@ -90,7 +113,7 @@ def test_rows_are_independent(small, plain, name):
 
 
 @EVERY
-def test_one_trace_for_all_steps(small, name):
+def test_one_trace_for_all_steps(small, make, name):
   drafter = make(name)
   state = batches.begin(small, drafter, PROMPTS, options("greedy"),
                         capacity=80)
