@@ -7,3 +7,4 @@ Each op is one public function; `implementation=` picks how it is computed.
 from pallas_kernels.attention.op import tree_attention as tree_attention
 from pallas_kernels.attention.words import pack as pack
 from pallas_kernels.attention.words import unpack as unpack
+from pallas_kernels.quantized import QArray as QArray

@@ -109,6 +109,13 @@ class Tokenizer:
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
+  @functools.cached_property
+  def vocabulary(self) -> str:
+    """SHA-256 of which id means what; equal if ids can be exchanged."""
+    ids = self._inner.get_vocab(with_added_tokens=True)
+    canonical = json.dumps(ids, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(canonical.encode(errors="replace")).hexdigest()
+
   def encode(self, text: str, special: bool = True) -> list[int]:
     """Returns the ids of a text.
 

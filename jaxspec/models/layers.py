@@ -10,6 +10,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import QArray, quantized
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -74,14 +76,16 @@ def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, "D"],
   return (y * weight).astype(x.dtype)
 
 
-def linear(x: Float[Array, "*batch D"], weight: Float[Array, "*outer D"]
-           ) -> Float[Array, "..."]:
+def linear(x: Float[Array, "*batch D"],
+           weight: Float[Array, "*outer D"] | QArray) -> Float[Array, "..."]:
   """`x` times a weight: `[batch..., outer...]`, summed in float32.
 
   Weights keep their outputs first, the order of checkpoints, which is the
   faster one on XLA:CPU and free elsewhere, and which lets an embedding serve
   as the unembedding.
   """
+  if isinstance(weight, QArray):
+    return quantized.matmul(x, weight)
   # A plain matrix product: XLA may want a weight of more dimensions in another
   # layout, and then copies it at every call.
   shape = (*x.shape[:-1], *weight.shape[:-1])

@@ -285,6 +285,16 @@ def random_source(seed: int, dtype: Any = jnp.float32, scale: float = 1.0,
   return source
 
 
+def source_of(model: Transformer) -> Source:
+  """The weights of a model, for another one that shares them."""
+  def source(path, shape, axes, wanted=None):
+    if not path.startswith("layers."):
+      return getattr(model, path)[...]
+    _, layer, name = path.split(".")
+    return getattr(model.layers[int(layer)], name)[...]
+  return source
+
+
 def abstract_source(dtype: Any, mesh: Any = None) -> Source:
   """Shapes instead of weights, to compile without either weights or device."""
   def source(path, shape, axes, wanted=None):
