@@ -348,7 +348,7 @@ def save(folder: str | pathlib.Path, heads: Heads, model: Transformer, *,
         accuracy=None if accuracy is None else np.asarray(accuracy).tolist())
   else:
     weights = {".".join(map(str, path)): value[...]
-               for path, value in nnx.state(heads).flat_state()}
+               for path, value in nnx.to_flat_state(nnx.state(heads))}
     config = dict(kind="eagle", taps=list(heads.taps), mlp=heads.config.mlp)
   weights = {name: np.ascontiguousarray(value)
              for name, value in weights.items() if value is not None}

@@ -74,8 +74,8 @@ class Eagle(Drafter):
   choices: Choices | None = struct.field(pytree_node=False, default=None)
 
   @classmethod
-  def build(cls, target: Any, heads: str = "", tree: str = "dynamic",
-            nodes: int = 60, depth: int = 7, width: int = 10) -> "Eagle":
+  def build(cls, target: Any, heads: Any = "", tree: Any = "dynamic",
+            nodes: Any = 60, depth: Any = 7, width: Any = 10) -> "Eagle":
     """For the target, from a folder.
 
     Args:
@@ -225,7 +225,8 @@ class Eagle(Drafter):
     Args:
       rounds: how deep below the first draft each fresh node stands.
     """
-    at = Place.of(cache.length[:, None] + rounds[None], mask, start)
+    at = Place.of(cache.length[:, None] + rounds[None],
+                  jnp.asarray(mask), start)
     return self.head.extend(self.head.join(model, features, after), cache,
                             fresh, at, layers=range(1))
 

@@ -55,8 +55,8 @@ class Medusa(Drafter):
   priors: tuple[float, ...] = struct.field(pytree_node=False, default=())
 
   @classmethod
-  def build(cls, target: Any, heads: str = "", tree: str = "",
-            nodes: int = 0) -> "Medusa":
+  def build(cls, target: Any, heads: Any = "", tree: Any = "",
+            nodes: Any = 0) -> "Medusa":
     """For the target, from a folder.
 
     Args:

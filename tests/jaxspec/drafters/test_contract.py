@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import drafters, loop
+from jaxspec import drafters, heads, loop
 from jaxspec.drafters.autoregressive import Autoregressive
+from jaxspec.heads import EagleHead, MedusaHeads
 from jaxspec.profiling import count_compiles
 from jaxspec.tree import branching, chain, from_paths
 from tests.jaxspec import batches
@@ -27,7 +28,10 @@ from tests.jaxspec.batches import GREEDY, SAMPLED, Scripted
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # What to write behind a drafter's name here; nothing unless it is listed.
-SETTINGS = {"prompt_lookup": "length=4"}
+SETTINGS = {"prompt_lookup": "length=4", "medusa": "nodes=16",
+            "eagle": "nodes=8,depth=2,width=4"}
+# Those that need a folder of heads, and how to make some.
+HEADS = {"medusa": MedusaHeads.init, "eagle": EagleHead.init}
 TOKENS = 40
 LONG = {
     "greedy": dataclasses.replace(GREEDY, max_new_tokens=TOKENS),
@@ -36,8 +40,17 @@ PROMPTS = batches.prompts(4)
 EVERY = pytest.mark.parametrize("name", drafters.names())
 
 
-def make(name: str):
-  return drafters.parse(f"{name}:{SETTINGS.get(name, '')}")
+@pytest.fixture(scope="module")
+def make(small, tmp_path_factory):
+  """Makes a drafter for the small model by its name."""
+  def make(name: str):
+    settings = SETTINGS.get(name, "")
+    if name in HEADS:
+      folder = tmp_path_factory.mktemp(name)
+      heads.save(folder, HEADS[name](small), small)
+      settings += f",heads=[{folder}]"
+    return drafters.parse(f"{name}:{settings}", drafters.Target(small))
+  return make
 
 
 def options(law: str, rows: int = 4):
@@ -61,7 +74,7 @@ def test_plain_decoding_samples(plain):
 
 @pytest.mark.parametrize("kind", batches.cache_kinds())
 @EVERY
-def test_text_is_that_of_plain_decoding(small, plain, name, kind):
+def test_text_is_that_of_plain_decoding(small, plain, make, name, kind):
   drafter = make(name)
   for law in LONG:
     state = batches.run(small, drafter, PROMPTS, options(law), kind=kind,
@@ -73,7 +86,7 @@ def test_text_is_that_of_plain_decoding(small, plain, name, kind):
 
 
 @EVERY
-def test_rows_are_independent(small, plain, name):
+def test_rows_are_independent(small, plain, make, name):
   """Of their place, of their neighbours, of how many there are."""
   drafter, order = make(name), [2, 0, 3, 1]
   state = batches.run(small, drafter, [PROMPTS[i] for i in order],
@@ -90,7 +103,7 @@ def test_rows_are_independent(small, plain, name):
 
 
 @EVERY
-def test_one_trace_for_all_steps(small, name):
+def test_one_trace_for_all_steps(small, make, name):
   drafter = make(name)
   state = batches.begin(small, drafter, PROMPTS, options("greedy"),
                         capacity=80)
