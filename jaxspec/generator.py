@@ -261,10 +261,12 @@ class Generator:
 
     if not self._meter:
       return decode(self.drafter, state, steps)
+    def at_width(state, steps, width):
+      forced = jnp.asarray(width, jnp.int32)
+      return decode(self.drafter.replace(forced=forced), state, steps)
+
     state = self._meter.measure(
-        lambda state, steps, width: decode(
-            self.drafter.replace(forced=jnp.asarray(width, jnp.int32)), state, steps),
-        lambda state: state.counters.passes, state)
+        at_width, lambda state: state.counters.passes, state)
     if self._meter.known:
       self.drafter = self.drafter.replace(costs=jnp.asarray(self._meter.costs))
       self._meter = None

@@ -11,6 +11,7 @@ a tree, and a drafter that puts the best nodes first can be asked for fewer.
 
 import dataclasses
 import functools
+import heapq
 import itertools
 from collections.abc import Sequence
 
@@ -236,7 +237,47 @@ def from_paths(choices: Sequence[Sequence[int]]) -> Tree:
       is the third child of the first child of the root. Missing ancestors
       are added. Nodes are ordered by depth, then by rank.
   """
-  wanted = {tuple(c[:i + 1]) for c in choices for i in range(len(c))}
-  ordered = sorted(wanted, key=lambda choice: (len(choice), choice))
-  index = {choice: i for i, choice in enumerate(itertools.chain([()], ordered))}
-  return Tree((-1, *(index[choice[:-1]] for choice in ordered)))
+  return in_order(sorted(closed(choices), key=lambda c: (len(c), c)))
+
+
+def closed(choices: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+  """Each choice once, in order, with its missing ancestors before it."""
+  return tuple(dict.fromkeys(
+      tuple(c[:i + 1]) for c in choices for i in range(len(c))))
+
+
+def in_order(choices: Sequence[Sequence[int]]) -> Tree:
+  """As `from_paths`, but nodes stand in the order they are named in."""
+  named = closed(choices)
+  index = {choice: i for i, choice in enumerate(itertools.chain([()], named))}
+  return Tree((-1, *(index[choice[:-1]] for choice in named)))
+
+
+def best_choices(accuracy: Float[np.ndarray, "heads K"], nodes: int
+                 ) -> tuple[tuple[int, ...], ...]:
+  """The choices that are likeliest to be right, best first (arXiv:2401.10774).
+
+  Takes node after node, each time the one whose path is likeliest of all that
+  follow what is already taken. Since no path is likelier than its beginning,
+  these are the likeliest of all.
+
+  Args:
+    accuracy: how often the choice of each rank is right, at each depth.
+    nodes: how many at most, the root left out; what is never right is none.
+  """
+  waiting: list[tuple[float, int, tuple[int, ...]]] = []
+
+  def offer(chance, choice):
+    if len(choice) < len(accuracy):
+      for rank, share in enumerate(accuracy[len(choice)].tolist()):
+        if chance * share > 0:
+          heapq.heappush(waiting, (-chance * share, len(choice) + 1,
+                                   (*choice, rank)))
+
+  offer(1.0, ())
+  taken = []
+  while waiting and len(taken) < nodes:
+    chance, _, choice = heapq.heappop(waiting)
+    taken.append(choice)
+    offer(-chance, choice)
+  return tuple(taken)

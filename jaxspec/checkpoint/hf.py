@@ -179,7 +179,7 @@ class HuggingFace(Checkpoint):
     import safetensors  # Loaded when a file is opened.
 
     try:
-      _refuse_duplicates(path)
+      refuse_duplicates(path)
       file = self._files.enter_context(
           safetensors.safe_open(path, framework="numpy")
       )
@@ -191,7 +191,7 @@ class HuggingFace(Checkpoint):
     yield from found
 
 
-def _refuse_duplicates(path: pathlib.Path) -> None:
+def refuse_duplicates(path: pathlib.Path) -> None:
   """Raises where a header names a tensor twice: parsers keep either."""
 
   def unique(pairs: list) -> dict:

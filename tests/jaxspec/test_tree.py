@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trees: everything derived from `parents`, against walks up the tree."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,10 +12,13 @@ from hypothesis import strategies as st
 from jaxspec.tree import (
   GrownTree,
   Tree,
+  best_choices,
   branching,
   chain,
+  closed,
   from_paths,
   grow,
+  in_order,
   root,
 )
 
@@ -138,6 +143,51 @@ def test_the_published_choices():
     way = [0, *(ordered.index(a) + 1 for a in ancestors), node]
     assert np.flatnonzero(tree.mask[node]).tolist() == way
     assert tree.paths[node, :len(way)].tolist() == way
+
+
+def test_nodes_may_stand_in_their_own_order():
+  assert closed([(1, 0), (1,), (0, 2, 1)]) == (
+      (1,), (1, 0), (0,), (0, 2), (0, 2, 1))
+  assert in_order([(1, 0), (1,), (0, 2, 1)]).parents == (-1, 0, 1, 0, 3, 4)
+  # The published order is one: every beginning of it is a tree.
+  tree = in_order(MEDUSA)
+  assert closed(MEDUSA) == tuple(MEDUSA)
+  assert tree.parents[:7] == (-1, 0, 1, 0, 1, 0, 2)
+  assert sorted(tree.depths.tolist()) == from_paths(MEDUSA).depths.tolist()
+
+
+@given(st.integers(1, 3).flatmap(lambda heads: st.integers(1, 4).flatmap(
+    lambda ranks: st.lists(
+        st.lists(st.sampled_from([0, 0.1, 0.25, 0.3, 0.5, 1]), min_size=ranks,
+                 max_size=ranks), min_size=heads, max_size=heads))),
+       st.integers(0, 30))
+def test_best_choices_are_the_best_of_all(accuracy, nodes):
+  """And a tree, its best node first."""
+  accuracy = np.array(accuracy, np.float64)
+  heads, ranks = accuracy.shape
+
+  def chance(path):
+    found = 1.0
+    for head, rank in enumerate(path):
+      found *= float(accuracy[head, rank])
+    return found
+  every = [path for length in range(1, heads + 1)
+           for path in itertools.product(range(ranks), repeat=length)
+           if chance(path) > 0]
+  every.sort(key=lambda path: (-chance(path), len(path), path))
+  found = best_choices(accuracy, nodes)
+  assert list(found) == every[:nodes]
+  assert closed(found) == found
+
+
+@given(st.lists(parents().filter(lambda p: len(p) >= 6), min_size=1,
+                max_size=3))
+def test_a_grown_tree_is_what_its_rows_are(rows):
+  rows = [row[:6] for row in rows]
+  grown = GrownTree(jnp.asarray(rows, jnp.int32), height=5)
+  for row, wanted in enumerate(map(Tree, rows)):
+    np.testing.assert_array_equal(grown.mask[row], wanted.mask)
+    np.testing.assert_array_equal(grown.depths[row], wanted.depths)
 
 
 def test_equal_trees_are_one_program():

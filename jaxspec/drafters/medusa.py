@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Medusa: heads on the model's own features, their choices on a static tree.
+
+The text ends with a token the model has committed but not read, the root. The
+head k that looked at the position before it predicts what comes k + 1 tokens
+behind the root, so that nodes of depth d are choices of head d - 1.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Float, Int
+
+from jaxspec import heads as heads_lib
+from jaxspec.base import Drafter, Proposal
+from jaxspec.errors import InputError, nearest
+from jaxspec.heads import MedusaHeads
+from jaxspec.tree import Tree, best_choices, closed, in_order
+
+Choices = tuple[tuple[int, ...], ...]
+
+# Trees published with Medusa's heads (github.com/FasterDecoding/Medusa), best
+# node first: the ranks taken on the way to each, a digit a depth. The first is
+# for heads on a frozen model, the other for heads trained with theirs.
+TREES = {
+    "mc_sim_7b_63": (
+        "0 00 1 01 2 000 10 02 3 03 4 04 20 05 001 5 06 6 07 010 11 7 08 002 "
+        "30 09 8 9 100 020 12 003 40 21 004 005 0000 011 006 030 50 13 007 008 "
+        "009 60 040 14 70 012 200 31 22 80 050 15 101 021 90 060 0001 16 070"),
+    "vicuna_7b_stage2": (
+        "0 00 1 01 000 10 2 02 001 03 3 010 20 4 002 04 11 100 0000 5 003 05 "
+        "020 30 011 06 6 07 004 40 12 08 7 030 0001 005 21 006 101 0010 200 50 "
+        "09 012 8 040 021 13 007 0002 008 110 0100 60 9 013 0003 102 050 31 "
+        "0020 70 14"),
+}
+_NODES = 64           # as many as published trees have, root included
+
+
+@struct.dataclass
+class Medusa(Drafter):
+  """Drafts the likeliest tokens of each head.
+
+  Its state is what the heads said behind the last accepted node.
+
+  Attributes:
+    choices: the ranks taken on the way to each node, best node first.
+    priors: how often the choice of each rank is right.
+  """
+
+  heads: MedusaHeads
+  choices: Choices = struct.field(pytree_node=False)
+  priors: tuple[float, ...] = struct.field(pytree_node=False, default=())
+
+  @classmethod
+  def build(cls, target: Any, heads: Any = "", tree: Any = "",
+            nodes: Any = 0) -> "Medusa":
+    """For the target, from a folder.
+
+    Args:
+      heads: the folder.
+      tree: one of `TREES`; `best` for the one that suits the accuracy stored
+        with the heads; nothing for the tree stored with them, or else `best`
+        if their accuracy is known, or else the first of `TREES` as deep as
+        there are heads.
+      nodes: how many at most, root included; 0 for all, or 64 of `best`.
+    """
+    if not isinstance(heads, str) or not heads:
+      raise InputError("medusa needs heads=FOLDER, a folder of trained heads")
+    if type(nodes) is not int or nodes and not 2 <= nodes <= 1025:
+      raise InputError("medusa: nodes must be 0 or an integer in [2, 1025], "
+                       f"got {nodes!r}")
+    stored = heads_lib.load(heads, target.model, "medusa")
+    assert isinstance(stored.heads, MedusaHeads)
+    choices = _choose(str(tree), stored, stored.heads.count, nodes)
+    ranks = max(max(choice) for choice in choices) + 1
+    words = (target.model.vocab if stored.heads.tokens is None
+             else len(stored.heads.tokens))
+    if ranks > words:
+      raise InputError(f"medusa: the tree has {ranks} choices beside each "
+                       f"other and the heads know {words} tokens; name "
+                       "another tree")
+    return cls(stored.heads, choices, _priors(stored.accuracy, ranks))
+
+  @property
+  def tree(self) -> Tree:
+    return _tree(self.choices)
+
+  @property
+  def height(self):
+    return self.tree.height
+
+  @property
+  def size(self):
+    return self.tree.size
+
+  @property
+  def _ranks(self) -> int:
+    return max(max(choice) for choice in self.choices) + 1
+
+  def init(self, model, rows, capacity) -> Int[Any, "B heads ranks"]:
+    return jnp.zeros((rows, self.heads.count, self._ranks), jnp.int32)
+
+  def insert(self, model, state, rows, prefix, request):
+    said = self.heads.choose(model, prefix.last, self._ranks)
+    return state.at[rows].set(said, mode="drop")
+
+  def propose(self, model, seq, request, state):
+    head = self.tree.depths[1:] - 1
+    rank = np.array([choice[-1] for choice in self.choices], np.int32)
+    tokens = jnp.concatenate([seq.tail(), state[:, head, rank]], axis=1)
+    kinds = jnp.broadcast_to(np.append(0, rank)[None], tokens.shape)
+    return Proposal(tokens, self.tree, kinds=kinds.astype(jnp.int32)), state
+
+  def observe(self, model, seq, state, proposal, scores, verdict):
+    deepest = jnp.maximum(verdict.kept - 1, 0)[:, None]
+    node = jnp.take_along_axis(verdict.path, deepest, axis=1)
+    x = jnp.take_along_axis(scores.features[-1], node[..., None], axis=1)
+    said = self.heads.choose(model, x[:, 0], self._ranks)
+    return jnp.where((verdict.kept > 0)[:, None, None], said, state)
+
+
+@functools.lru_cache
+def _tree(choices: Choices) -> Tree:
+  return in_order(choices)
+
+
+def published(name: str) -> Choices:
+  """The choices of one of `TREES`."""
+  return tuple(tuple(map(int, word)) for word in TREES[name].split())
+
+
+def _choose(name: str, stored: heads_lib.Stored, heads: int, nodes: int
+            ) -> Choices:
+  """The choices that the options of `Medusa.build` name."""
+  if name not in ("", "best", *TREES):
+    raise InputError(f"medusa: tree {name!r} is unknown; there are best, "
+                     f"{', '.join(TREES)}.{nearest(name, ['best', *TREES])}")
+  if name == "best" and stored.accuracy is None:
+    raise InputError("medusa: tree=best needs heads whose accuracy was "
+                     "measured; name another tree")
+  if name in TREES:
+    choices = published(name)
+    deepest = max(map(len, choices))
+    if deepest > heads:
+      raise InputError(f"medusa: tree {name} is {deepest} deep and there are "
+                       f"{heads} heads; name another tree")
+  elif not name and stored.choices:
+    choices = closed(stored.choices)
+  elif stored.accuracy is not None:
+    choices = best_choices(stored.accuracy, (nodes or _NODES) - 1)
+    # Heads that were never right still need a tree.
+    choices = choices or ((0,),)
+  else:
+    choices = tuple(c for c in published(next(iter(TREES)))
+                    if len(c) <= heads)
+  return choices[:nodes - 1] if nodes else choices
+
+
+def _priors(accuracy: Float[np.ndarray, "heads ranks"] | None, ranks: int
+            ) -> tuple[float, ...]:
+  """How often the choice of each rank is right, over all heads."""
+  if accuracy is None:
+    return tuple(0.5 ** (rank + 1) for rank in range(ranks))
+  mean = accuracy.mean(axis=0)[:ranks]
+  return (*mean.tolist(), *[0.0] * (ranks - len(mean)))
