@@ -113,7 +113,8 @@ class GrownTree:
   @property
   def mask(self) -> Bool[Array, "B N N"]:
     node = jnp.arange(self.size)
-    seen = (node[:, None] == node) | (self.parents[..., None] == node)
+    seen = ((node[:, None] == node[None])[None]
+            | (self.parents[..., None] == node[None, None]))
     reach = 1
     while reach < self.height:        # twice as far with every round
       seen = jnp.einsum("bij,bjk->bik", *[seen.astype(jnp.float32)] * 2) > 0
