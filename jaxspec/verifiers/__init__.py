@@ -6,6 +6,7 @@ name is the file's in CamelCase and whose fields are the options; `parse` finds
 it, so that a new verifier touches no list.
 """
 
+import dataclasses
 import importlib
 import pkgutil
 from typing import Any
@@ -31,6 +32,6 @@ def parse(text: str) -> Any:
   name, options = naming.choose("verifier", text, names())
   module = importlib.import_module(f"{__name__}.{name}")
   kind = getattr(module, "".join(map(str.capitalize, name.split("_"))), None)
-  fields = () if kind is None else kind.__dataclass_fields__
+  fields = [] if kind is None else [f.name for f in dataclasses.fields(kind)]
   values = naming.options(f"verifier {name}", options, fields)
   return getattr(module, name) if kind is None else kind(**values)

@@ -36,8 +36,8 @@ class Deferral:
   text is the model's own.
 
   Attributes:
-    alpha: how much of the distance is held against the drafter; with 0 it
-      must be as sure as the model.
+    alpha: how much the drafter may lack, in [0, 1]. With 0 it must be as sure
+      as the model; with 1 every drafted token is the drafter's.
   """
 
   alpha: float = 0.2
