@@ -55,12 +55,18 @@ class Proposal:
 
   Attributes:
     live: how many leading nodes of each row mean anything; None for all.
+    replacement: whether siblings were drawn independently, each from the whole
+      law of `probs`. Else each was drawn from what its elders had left of it,
+      as the largest of perturbed logits are.
     sizes: node counts that a pass is compiled for, ascending, the last one all
       N. A step takes the smallest that holds every live node. Empty for N
       alone.
     least: a pass is at least this many nodes wide, whatever is live.
     probs: at each node, the law its children were drawn from, where they were
-      drawn and a verifier wants to know.
+      drawn and a verifier wants to know; None where drafts are no matter of
+      chance. It is honest if siblings stand in the order in which they were
+      drawn, and if nothing depends on a drawn token but what is behind it:
+      a draft that is left out because it is unlikely makes the law another.
     kinds: for each node, which of the drafter's kinds of guess it is (see
       `Drafter.priors`); None if there is one kind.
     chances: that the path to each node is accepted, where the drafter knows
@@ -75,6 +81,7 @@ class Proposal:
   kinds: Int[Array, "B N"] | None = None
   chances: Float[Array, "B N"] | None = None
   head_start: HeadStart | None = None
+  replacement: bool = struct.field(pytree_node=False, default=False)
   sizes: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
   @property
@@ -313,7 +320,10 @@ class Drafter(Protocol):
     return state
 
 
-# (proposal, warped logits, sampling, positions of the tokens to draw).
+# (proposal, warped logits, sampling, positions of the tokens to draw). It is
+# hashable and comparable. What it may say of itself: `honest`, it wants to know
+# `Proposal.probs`; `lossy`, the text is not distributed as the model's own;
+# `label`, its name in statistics.
 Verifier = Callable[
     [Proposal, Float[Array, "B N V"], Sampling, Int[Array, "B N"]], Verdict]
 

@@ -59,7 +59,7 @@ class Generator:
 
     Args:
       drafter: a drafter, or text for `drafters.parse`.
-      verifier: a verifier, or the name of a file in `jaxspec/verifiers`.
+      verifier: a verifier, or text for `verifiers.parse`.
       capacity: None takes 2048, or the model's context where that is shorter.
       cache: text for `caches.parse`, e.g. `paged:page=64,pages=100`. Prompts
         wait where a cache has no room for them yet.
@@ -475,7 +475,8 @@ def _buckets(capacity: int) -> list[int]:
 
 
 def _name(verifier: Verifier) -> str:
-  return getattr(verifier, "__name__", type(verifier).__name__)
+  name = getattr(verifier, "__name__", type(verifier).__name__)
+  return getattr(verifier, "label", name)
 
 
 __all__ = ["Completion", "Generator", "Options", "TextEvent"]

@@ -56,6 +56,20 @@ def options(owner: str, text: str, known: Collection[str]) -> dict[str, Any]:
   return values
 
 
+def number(owner: str, name: str, value: Any, low: float, high: float
+           ) -> float:
+  """Checks an option that must be a number in [low, high].
+
+  Raises:
+    InputError: it is not.
+  """
+  if (isinstance(value, bool) or not isinstance(value, int | float)
+      or not low <= value <= high):
+    raise InputError(f"{owner}: {name} must be a number in [{low:g}, "
+                     f"{high:g}], got {value!r}")
+  return float(value)
+
+
 def split(text: str, separator: str) -> list[str]:
   """Splits where no bracket is open.
 

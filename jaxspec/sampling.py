@@ -20,6 +20,9 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 from jaxspec import sharding
 
 _COLDEST, _LEAST_MASS = 1e-30, 1e-30
+# Folded into a key before the position, for noise that must have nothing to
+# do with that of `gumbel`. No position is so large.
+_COINS, _APART = 2**32 - 1, 2**32 - 2
 
 
 @struct.dataclass
@@ -146,6 +149,24 @@ def gumbel(key: Key[Array, "B"], positions: Int[Array, "B N"],
     return jax.random.gumbel(jax.random.fold_in(key, position), (vocab,))
   noise = jax.vmap(jax.vmap(at, (None, 0)))(key, positions)
   return sharding.constrain(noise, "rows", None, "vocab")
+
+
+def coins(key: Key[Array, "B"], positions: Int[Array, "B"],
+          number: Int[Array, "B"]) -> Float[Array, "B"]:
+  """Uniform in [0, 1): each row's coin of that number at that position."""
+  def toss(key, position, number):
+    key = jax.random.fold_in(key, jnp.uint32(_COINS))
+    key = jax.random.fold_in(key, position)
+    return jax.random.uniform(jax.random.fold_in(key, number))
+  return jax.vmap(toss)(key, positions, number)
+
+
+def apart(key: Key[Array, "B"]) -> Key[Array, "B"]:
+  """Keys for samples that share no noise with any drafter's.
+
+  Drafters may draw with the noise of `gumbel(key, ...)` itself.
+  """
+  return jax.vmap(lambda k: jax.random.fold_in(k, jnp.uint32(_APART)))(key)
 
 
 def top(logits: Float[Array, "B N V"], count: int) -> Int[Array, "B N count"]:

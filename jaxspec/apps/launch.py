@@ -129,7 +129,18 @@ def define_generator_flags(values: flags.FlagValues) -> None:
     flag_values=values,
   )
   flags.DEFINE_string(
-    "verifier", "exact", "a file of jaxspec/verifiers", flag_values=values
+    "verifier",
+    None,
+    "a file of jaxspec/verifiers, with its settings if any: "
+    "typical:epsilon=0.09; by default exact",
+    flag_values=values,
+  )
+  flags.DEFINE_float(
+    "simulate_acceptance",
+    None,
+    "to measure speed with weights that mean nothing: accept drafts at this "
+    "rate, whatever they are; the text is not the model's",
+    flag_values=values,
   )
   flags.DEFINE_integer(
     "rows", 1, "prompts decoded side by side", flag_values=values
@@ -393,14 +404,15 @@ def _strip(item: Any) -> Any:
 
 def load_generator(settings: types.SimpleNamespace) -> Generator:
   """Returns the generator that the settings describe."""
+  verifier = verifier_text(settings)
   use_compilation_cache(settings.compilation_cache_dir)
   from jaxspec.generator import Generator
 
   with progress("loading") as on_progress:
-    return Generator.load(
+    generator = Generator.load(
       settings.model,
       drafter=settings.drafter,
-      verifier=settings.verifier,
+      verifier=verifier,
       rows=settings.rows,
       capacity=settings.capacity,
       dtype=settings.dtype,
@@ -408,6 +420,23 @@ def load_generator(settings: types.SimpleNamespace) -> Generator:
       cache=settings.cache,
       on_progress=on_progress,
     )
+  if verifier.partition(":")[0] == "simulated":
+    say("warning: acceptance is simulated; the text is not the model's")
+  return generator
+
+
+def verifier_text(settings: types.SimpleNamespace) -> str:
+  """Returns the verifier that --verifier or --simulate_acceptance names."""
+  rate = settings.simulate_acceptance
+  if rate is None:
+    return settings.verifier or "exact"
+  text = f"simulated:rate={rate!r}"
+  if settings.verifier not in (None, text):
+    raise InputError(
+      f"--simulate_acceptance={rate:g} is a verifier of its own; leave out "
+      f"--verifier={settings.verifier}"
+    )
+  return text
 
 
 def sampling_options(

@@ -32,10 +32,29 @@ def match(proposal: Proposal, samples: Int[Array, "B N"]) -> Verdict:
 def longest(proposal: Proposal, stands: Bool[Array, "B N"],
             samples: Int[Array, "B N"]) -> Verdict:
   """The longest path of live nodes that stand, and the sample behind it."""
+  node = deepest(proposal, stands)
+  return ending(proposal, node, jnp.take_along_axis(
+      samples, node[:, None], axis=1)[:, 0])
+
+
+def deepest(proposal: Proposal, stands: Bool[Array, "B N"],
+            score: Float[Array, "B N"] | None = None) -> Int[Array, "B"]:
+  """The last node of the longest path of live nodes that stand.
+
+  Of several, the one of the best score, or the first.
+  """
   stands = (stands & proposal.alive).at[:, 0].set(True)
   reached = jnp.all(stands[:, None] | ~proposal.mask, axis=-1)
-  node = jnp.argmax(jnp.where(reached, proposal.depths, -1), axis=1)
-  def at(values):
-    return jnp.take_along_axis(values, node[:, None], axis=1)[:, 0]
-  return Verdict(path=proposal.path_to(node), kept=at(proposal.depths) + 1,
-                 next_token=at(samples))
+  depth = jnp.where(reached, proposal.depths, -1)
+  if score is not None:
+    last = depth == jnp.max(depth, axis=1, keepdims=True)
+    return jnp.argmax(jnp.where(last, score, -jnp.inf), axis=1)
+  return jnp.argmax(depth, axis=1)
+
+
+def ending(proposal: Proposal, node: Int[Array, "B"],
+           next_token: Int[Array, "B"]) -> Verdict:
+  """The path to `node`, and the token behind it."""
+  depth = jnp.take_along_axis(proposal.depths, node[:, None], axis=1)[:, 0]
+  return Verdict(path=proposal.path_to(node), kept=depth + 1,
+                 next_token=next_token)

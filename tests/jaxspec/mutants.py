@@ -10,8 +10,9 @@ what it catches, so every bug of `BUGS` must make it fail:
 
 prints the kill table.
 
-Bugs of draft probabilities, such as a residual that is not renormalised, are
-not among them: the exact verifier has no draft probabilities.
+`BUGS` are those of any decoder, judged with the exact verifier. `DRAFT_BUGS`
+are those of draft probabilities, which it has none of: they are judged with
+the rejection verifier and drafters that draw what they draft.
 """
 
 import contextlib
@@ -36,7 +37,9 @@ from jaxspec.models.layers import Rope
 from jaxspec.models.transformer import Config, Transformer, random_source
 from jaxspec.options import Options, as_request
 from jaxspec.tree import Tree, branching, chain
-from jaxspec.verifiers.exact import exact, match
+from jaxspec.verifiers import rejection
+from jaxspec.verifiers.exact import deepest, ending, exact, match
+from jaxspec.verifiers.rejection import Rejection
 from tests.jaxspec import warping
 
 VOCAB, LENGTH = 8, 4
@@ -47,6 +50,11 @@ ALPHA = 1e-6
 # likeliest: that pushes a decoder which is too lenient away from the law.
 DRAFTERS = {"chain": (chain(2), 1.0), "tree": (branching((2, 1)), 1.0),
             "stubborn": (branching((2, 1)), 0.0)}
+# The same for those that draw with noise of their own and report their law;
+# and whether siblings are drawn with replacement.
+DRAWING = {"drawn chain": (chain(2), 1.0, False),
+           "drawn tree": (branching((3, 1)), 2.0, False),
+           "with replacement": (branching((3, 1)), 1.0, True)}
 SAMPLERS = {
     "cool": Options(max_new_tokens=LENGTH, temperature=0.7, top_p=0.8),
     "warm": Options(max_new_tokens=LENGTH, temperature=1.4, top_p=0.95,
@@ -119,15 +127,20 @@ class Bigram(Drafter):
   """A drafter that is right about half the time.
 
   It draws from a table of the last token alone, with the request's own noise,
-  as drafters that sample do; siblings take the best, the second best, ...
+  as drafters do that mean to say what the model will; siblings take the best,
+  the second best, ... One that is `honest` draws with noise of its own and
+  reports the law.
 
   Attributes:
-    noise: what the noise is multiplied by.
+    noise: what the noise is multiplied by, which is the temperature.
+    replacement: whether siblings are drawn with replacement.
   """
 
   table: Any
   noise: Any
   tree: Tree = struct.field(pytree_node=False)
+  honest: bool = struct.field(pytree_node=False, default=False)
+  replacement: bool = struct.field(pytree_node=False, default=False)
 
   @property
   def height(self):
@@ -142,19 +155,39 @@ class Bigram(Drafter):
     for node, parent in enumerate(self.tree.parents[1:], start=1):
       rank = self.tree.children[parent].tolist().index(node)
       position = seq.length[:, None] + self.tree.depths[parent]
-      noise = self.noise * sampling.gumbel(
-          request.sampling.key, position, model.vocab)
+      noise = self.draft_noise(request.sampling.key, position, rank,
+                               model.vocab)
       best = jnp.argsort(-(self.table[tokens[parent]] + noise[:, 0]), axis=-1)
+      rank = 0 if self.replacement else rank
       tokens.append(best[:, rank].astype(jnp.int32))
-    return Proposal(jnp.stack(tokens, axis=1), self.tree), state
+    tokens = jnp.stack(tokens, axis=1)
+    probs = self.report(tokens) if self.honest else None
+    return Proposal(tokens, self.tree, probs=probs,
+                    replacement=self.replacement), state
+
+  def draft_noise(self, key, position, rank, vocab):
+    """Of the children of a node, if they are the largest of one noise."""
+    if not self.honest:
+      return self.noise * sampling.gumbel(key, position, vocab)
+    stream = 1 + rank * self.replacement
+
+    def own(key, position):
+      return jax.random.gumbel(jax.random.fold_in(
+          jax.random.fold_in(key, position), stream), (vocab,))
+    return self.noise * jax.vmap(jax.vmap(own, (None, 0)))(key, position)
+
+  def report(self, tokens):
+    """At each node, the law its children were drawn from."""
+    return jax.nn.softmax(self.table[tokens] / self.noise, axis=-1)
 
 
 def bigram(drafter: str) -> Bigram:
   """Its table: the average of what the model says behind each token."""
   table = [model_logits()[:, 1:][texts()[:, :-1] == token].mean(axis=0)
            for token in range(VOCAB)]
-  tree, noise = DRAFTERS[drafter]
-  return Bigram(jnp.asarray(np.array(table)), jnp.float32(noise), tree)
+  tree, noise, *drawn = (DRAFTERS | DRAWING)[drafter]
+  return Bigram(jnp.asarray(np.array(table)), jnp.float32(noise), tree,
+                bool(drawn), *drawn)
 
 
 @dataclasses.dataclass
@@ -167,12 +200,14 @@ class Sample:
 
 
 def sample(drafter: str, sampler: str, size: int, *, bug: str | None = None,
-           seed: int = 0) -> Sample:
+           seed: int = 0, verifier: Any = exact) -> Sample:
   """Decodes `size` answers with the loop, each from a seed of its own.
 
   Args:
-    bug: one of `BUGS`, "none" for the same program with no bug switched on,
-      or None for the package as it is.
+    bug: one of `BUGS` or `DRAFT_BUGS`, "none" for the same program with no bug
+      switched on, or None for the package as it is.
+    verifier: of the package as it is; where there are bugs, one for drafters
+      that draw, the other for those that do not.
   """
   options = SAMPLERS[sampler]
   tokens = np.tile(np.array(PROMPT, np.int32), (ROWS, 1))
@@ -182,8 +217,9 @@ def sample(drafter: str, sampler: str, size: int, *, bug: str | None = None,
   request = jax.tree.map(
       lambda x: jnp.broadcast_to(x, (ROWS, *x.shape[1:])),
       as_request([options], [len(PROMPT)], (), vocab=VOCAB, stops=1, biases=1))
-  batch = program(with_bugs=bug is not None)
-  number = 0 if bug is None else [*BUGS].index(bug)
+  bugs = DRAFT_BUGS if drafter in DRAWING else BUGS
+  batch = program(verifier if bug is None else bugs is DRAFT_BUGS)
+  number = 0 if bug is None else [*bugs].index(bug)
   batches = -(-size // ROWS)
   found = [jax.device_get(batch(
       model(), bigram(drafter), prefix, request,
@@ -194,18 +230,24 @@ def sample(drafter: str, sampler: str, size: int, *, bug: str | None = None,
 
 
 @functools.cache
-def program(with_bugs: bool) -> Callable:
+def program(kind: Any) -> Callable:
   """One batch of answers, compiled once for all samplers and all bugs.
 
-  With bugs in it, an integer says which of them is switched on. So a bug is
-  judged beside a correct decoder that is the very same program.
+  Args:
+    kind: the verifier of the package as it is; or, for a program with all bugs
+      in it, of which an integer says which is switched on, whether they are
+      those of draft probabilities. So a bug is judged beside a correct decoder
+      that is the very same program.
   """
+  planted = {False: planted_anywhere, True: planted_in_drafts}.get(
+      kind, lambda bug: _package(kind))
+
   @jax.jit
   def batch(model, drafter, prefix, request, first_seed, bug):
     seeds = jnp.arange(ROWS, dtype=jnp.uint32) + first_seed
     own = request.replace(sampling=request.sampling.replace(
         key=jax.vmap(jax.random.key)(seeds)))
-    with planted(bug) if with_bugs else _package() as verifier:
+    with planted(bug) as verifier:
       state = loop.init(
           model, drafter,
           model.init_cache(ContiguousCache, ROWS, 16, jnp.float32),
@@ -222,9 +264,9 @@ def program(with_bugs: bool) -> Callable:
 
 
 @contextlib.contextmanager
-def _package() -> Iterator[Callable]:
+def _package(verifier) -> Iterator[Callable]:
   # A function of its own, so that no earlier trace is taken for this one.
-  yield lambda *args: exact(*args)
+  yield lambda *args: verifier(*args)
 
 
 def p_value(counts: np.ndarray, probs: np.ndarray) -> float:
@@ -333,7 +375,7 @@ HARMLESS = {("any_sibling", "chain"),
 
 
 @contextlib.contextmanager
-def planted(bug: Any) -> Iterator[Callable]:
+def planted_anywhere(bug: Any) -> Iterator[Callable]:
   """The step with every bug in it, of which number `bug` is switched on."""
   warp, verify, commit = sampling.warp, stages.verify, ContiguousCache.commit
 
@@ -367,10 +409,153 @@ def planted(bug: Any) -> Iterator[Callable]:
     yield verifier
 
 
+# The bugs of draft probabilities. Each is a change to one part of the ratio
+# walk or of the drafter, named as in `planted_in_drafts`.
+
+def not_normalised(p, q):
+  """The residual is no law: the next sibling's ratio is too small."""
+  rest = jnp.maximum(p - q, 0)
+  return jnp.where(jnp.any(rest > 0, axis=-1, keepdims=True), rest, p)
+
+
+def residual_of_the_model(p, q):
+  """Behind a rejection the model's whole law is taken, p and not p - q."""
+  return p
+
+
+def clamped_too_late(p, q):
+  """The residual is |p - q|."""
+  rest = jnp.abs(p - q)
+  total = jnp.sum(rest, axis=-1, keepdims=True)
+  return jnp.where(total > 0, rest / total, p)
+
+
+def put_back(q, token):
+  """The law of the second sibling has the first still in it."""
+  return q
+
+
+def not_normalised_draft(q, token):
+  """The first sibling is taken out, and the rest is no law."""
+  return q.at[jnp.arange(len(q)), token].set(0)
+
+
+def same_coin(key, positions, number):
+  """Every position is tested with the same coin."""
+  return _coins(key, 0 * positions, number)
+
+
+def coin_of_the_first_sibling(key, positions, number):
+  """Siblings are tested with the same coin."""
+  return _coins(key, positions, 0 * number)
+
+
+def draft_noise_again(keys, positions):
+  """The next token is drawn with the noise of the drafts."""
+  return jax.vmap(lambda key, at: jax.random.fold_in(
+      jax.random.fold_in(key, at), 1))(keys, positions)
+
+
+def wrong_draft_temperature(drafter, tokens):
+  """Drafts are reported as if drawn at a higher temperature."""
+  return jax.nn.softmax(drafter.table[tokens] / (1.5 * drafter.noise), axis=-1)
+
+
+def law_of_the_wrong_node(drafter, tokens):
+  """At each node stands the law it was drawn from itself."""
+  parents = np.maximum(drafter.tree.parents, 0)
+  return _report(drafter, tokens[:, parents])
+
+
+def greedy_drafts(noise):
+  """Drafts are the likeliest tokens, reported as if they had been drawn."""
+  return 0 * noise
+
+
+def sibling_forgotten(proposal, logits, options, positions):
+  """Every sibling is tested against the model's law, not the residual."""
+  if proposal.probs is None:         # nothing is drafted: the first token
+    return Rejection()(proposal, logits, options, positions)
+  parents = np.maximum(proposal.tree.parents, 0)
+  p = jax.nn.softmax(logits, axis=-1)
+  def of_token(law):
+    return jnp.take_along_axis(
+        law[:, parents], proposal.tokens[..., None], axis=2)[..., 0]
+  rows, size = positions.shape
+  coins = _coins(jnp.repeat(options.key, size),
+                 positions[:, parents].reshape(-1),
+                 jnp.tile(jnp.arange(size), rows)).reshape(rows, size)
+  node = deepest(proposal, coins * of_token(proposal.probs) < of_token(p))
+  at = jnp.arange(rows), node
+  leaf = jnp.asarray(proposal.tree.children[:, 0] < 0)[node]
+  p = jnp.where(leaf[:, None], p[at],
+                rejection.residual(p[at], proposal.probs[at]))
+  return ending(proposal, node,
+                rejection.last_draw(p, options, positions[at]))
+
+
+# As the package has them, whatever is planted.
+_coins, _report = sampling.coins, Bigram.report
+DRAFT_BUGS = {"none": None, **{f.__name__: f for f in (
+    not_normalised, residual_of_the_model, clamped_too_late, put_back,
+    not_normalised_draft, same_coin, coin_of_the_first_sibling,
+    draft_noise_again, wrong_draft_temperature, law_of_the_wrong_node,
+    greedy_drafts, sibling_forgotten)}}
+_SIBLINGS = ("not_normalised", "put_back", "not_normalised_draft",
+             "coin_of_the_first_sibling", "sibling_forgotten")
+HARMLESS |= {(bug, "drawn chain") for bug in _SIBLINGS}
+
+
+@contextlib.contextmanager
+def planted_in_drafts(bug: Any) -> Iterator[Callable]:
+  """The rejection verifier and a drafter with every bug in them."""
+  names = [*DRAFT_BUGS]
+
+  def when(name, changed, honest):
+    return jnp.where(bug == names.index(name), changed, honest)
+
+  def choice(honest, *bugs):
+    def function(*args):
+      value = honest(*args)
+      for changed in bugs:
+        value = when(changed.__name__, changed(*args), value)
+      return value
+    return function
+
+  draw, noise_of = rejection.last_draw, Bigram.draft_noise
+
+  def last_draw(p, options, positions):
+    """The residual, with another noise."""
+    key = draft_noise_again(options.key, positions)
+    noise = jax.vmap(lambda k: jax.random.gumbel(k, (VOCAB,)))(key)
+    again = jnp.argmax(jnp.log(p) + noise, axis=-1).astype(jnp.int32)
+    return when("draft_noise_again", again, draw(p, options, positions))
+
+  def draft_noise(self, *args):
+    noise = noise_of(self, *args)
+    return when("greedy_drafts", greedy_drafts(noise), noise)
+
+  with (mock.patch.object(rejection, "residual", choice(
+            rejection.residual, not_normalised, residual_of_the_model,
+            clamped_too_late)),
+        mock.patch.object(rejection, "without", choice(
+            rejection.without, put_back, not_normalised_draft)),
+        mock.patch.object(sampling, "coins", choice(
+            _coins, same_coin, coin_of_the_first_sibling)),
+        mock.patch.object(rejection, "last_draw", last_draw),
+        mock.patch.object(Bigram, "draft_noise", draft_noise),
+        mock.patch.object(Bigram, "report", choice(
+            Bigram.report, wrong_draft_temperature, law_of_the_wrong_node))):
+    yield lambda *args: jax.lax.cond(
+        bug == names.index("sibling_forgotten"), sibling_forgotten,
+        Rejection(), *args)
+
+
 def kill_table(size: int, sampler: str = "cool") -> list[tuple]:
   """`(bug, drafter, p of the joint law, p of the first token)` of each."""
-  return [judge(bug, drafter, size, sampler)
-          for bug, drafter in itertools.product(BUGS, DRAFTERS)]
+  return [judge(bug, drafter, size, sampler) for bug, drafter in (
+      *itertools.product(BUGS, DRAFTERS),
+      *itertools.product(DRAFT_BUGS, [*DRAWING][:2]))]
 
 
 @functools.cache
@@ -384,13 +569,13 @@ def judge(bug: str | None, drafter: str, size: int, sampler: str = "cool"
 
 def show(rows: list[tuple], file: Any = None) -> None:
   """Prints the table."""
-  print(f"{'bug':18} {'drafter':8} {'joint law':>10} {'first token':>12}",
+  print(f"{'bug':25} {'drafter':16} {'joint law':>10} {'first token':>12}",
         file=file)
   for bug, drafter, joint, first in rows:
     word = ("killed" if joint < ALPHA else
             "not a matter of law" if (bug, drafter) in HARMLESS else
             "stands" if bug in (None, "none") else "SURVIVES")
-    print(f"{bug or 'the package':18} {drafter:8} {joint:10.2g} {first:12.2g}"
+    print(f"{bug or 'the package':25} {drafter:16} {joint:10.2g} {first:12.2g}"
           f"  {word}", file=file)
 
 

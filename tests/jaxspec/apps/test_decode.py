@@ -113,6 +113,31 @@ def test_flags_reach_generator_and_options(fake):
   assert options.seed == 9 and options.logprobs and options.ignore_eos
 
 
+def test_simulated_acceptance_is_a_verifier_and_says_so(fake, capsys):
+  assert run("--prompt=x", "--simulate_acceptance=0.7") == 0
+  assert fake.loaded["verifier"] == "simulated:rate=0.7"
+  warning = "jaxspec: warning: acceptance is simulated; the text is not the "
+  assert capsys.readouterr().err.count(warning) == 1
+  assert run("--prompt=x", "--verifier=simulated:rate=0.5") == 0
+  assert fake.loaded["verifier"] == "simulated:rate=0.5"
+  assert capsys.readouterr().err.count(warning) == 1
+  assert run("--prompt=x", "--verifier=typical") == 0
+  assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verifier", ["exact", "rejection", "simulated"])
+def test_simulated_acceptance_goes_with_no_other_verifier(
+  verifier, fake, capsys
+):
+  fake.loaded = None
+  code = run(
+    "--prompt=x", "--simulate_acceptance=0.7", f"--verifier={verifier}"
+  )
+  assert code == 2 and fake.loaded is None
+  err = capsys.readouterr().err
+  assert f"leave out --verifier={verifier}" in err and err.count("\n") == 1
+
+
 def test_other_spellings_mean_the_same(fake):
   assert (
     run(
@@ -539,11 +564,56 @@ def test_a_stream_prints_what_its_record_holds(
 
 
 @pytest.mark.parametrize(
+  "argv, label, lossy",
+  [
+    (["--verifier=rejection"], "rejection", False),
+    (["--verifier=typical:epsilon=0.2"], "typical(lossy)", True),
+    (
+      ["--simulate_acceptance=1"],
+      "simulated(1, not the model's text)",
+      True,
+    ),
+  ],
+)
+def test_every_output_names_the_verifier(
+  argv, label, lossy, tiny_model, tmp_path, capsys
+):
+  out = tmp_path / "out.jsonl"
+  code = run(
+    f"--model={tiny_model}",
+    "--prompt=abababab",
+    f"--output={out}",
+    "--drafter=prompt_lookup:length=3",
+    "--capacity=128",
+    "--dtype=float32",
+    "--max_new_tokens=16",
+    *argv,
+  )
+  assert code == 0
+  (record,) = read_lines(out)
+  counts(record).reconcile()
+  assert record["stats"]["verifier"] == label
+  err = capsys.readouterr().err
+  assert f" verify={label}\n" in err
+  assert ("simulated; the text is not" in err) == ("simulated" in label)
+  if "simulated" in label:           # all that was drafted was accepted
+    stats = record["stats"]
+    assert stats["accepted_by_position"] == stats["drafted_by_position"]
+    assert stats["accepted"] > 0
+
+
+@pytest.mark.parametrize(
   "argv, words",
   [
     (["--drafter=prompt_lokup"], "prompt_lookup"),
     (["--drafter=prompt_lookup:lenth=3"], "length"),
     (["--verifier=exakt"], "exact"),
+    (["--verifier=typical:delta=2"], "delta must be a number in [0, 1]"),
+    (["--simulate_acceptance=1.5"], "rate must be a number in [0, 1]"),
+    (
+      ["--verifier=deferral", "--drafter=prompt_lookup"],
+      "must know the law that drafts were drawn from",
+    ),
     (["--cache=pagde"], "paged"),
     (["--dtype=float16"], "float16"),
     (["--mesh=tensr=2"], "tensor"),
