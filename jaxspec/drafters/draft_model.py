@@ -29,7 +29,6 @@ from jaxspec.base import (
   DecodeState,
   Drafter,
   Proposal,
-  Request,
   Sequences,
 )
 from jaxspec.caches import Cache, Place

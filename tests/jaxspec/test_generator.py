@@ -158,6 +158,32 @@ def test_mixed_requests_compile_nothing_and_change_no_token(
   assert len({tuple(c.token_ids) for c in found}) > 150
 
 
+def test_widths_are_measured_on_the_work_at_hand(small, plain):
+  """An adaptive drafter's first steps are timed, and change no token."""
+  prompts, options = requests(6, seed=3)
+  options = [dataclasses.replace(o, max_new_tokens=30, stop=())
+             for o in options]
+  wanted = plain.generate(prompts, options)
+  drafter = f"adaptive:drafter=[{DRAFTER}]"
+  generator = Generator(small, tokenizer(), drafter=drafter, rows=2,
+                        capacity=CAPACITY, eos_ids=[END])
+  guessed = np.asarray(generator.drafter.costs)
+  # A stream measures too.
+  events = list(generator.stream(prompts[0], options[0]))
+  same([events[-1].completion], wanted[:1])
+  same(generator.generate(prompts, options), wanted)
+  measured = np.asarray(generator.drafter.costs)
+  assert np.all(np.diff(measured) >= 0) and measured[0] > 0
+  assert np.any(measured != guessed)
+  with count_compiles() as compiles:
+    again = generator.generate(prompts, options)
+  assert compiles.count == 0
+  same(again, wanted)
+  report = generator.drift.report()
+  assert sum(r["requests"] for r in report) <= 13
+  assert report[0]["drafter"] == drafter
+
+
 def test_order_does_not_matter(drafted, many, told):
   """Each in another row, beside others, and inserted together with them."""
   short = [i for i, prompt in enumerate(many[0]) if len(prompt) <= 16]

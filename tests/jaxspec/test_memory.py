@@ -43,8 +43,8 @@ LLAMA_3_8B = functools.partial(llama, vocab=128256, width=4096, heads=32,
 def compile_decode(config: Config, drafter: str, *, rows: int, capacity: int,
                    dtype, mesh, kind: str = "contiguous"):
   """The compiled loop, and how many bytes its state has on a device."""
-  drafter = drafters.parse(drafter)
   model = Transformer(config, abstract_source(dtype, mesh))
+  drafter = drafters.parse(drafter, drafters.Target(model))
 
   def make():
     cache = model.init_cache(batches.cache_kind(kind), rows, capacity, dtype)
@@ -86,7 +86,8 @@ def check(compiled, state_bytes: int) -> None:
 
 @pytest.mark.parametrize("drafter, kind", [
     ("autoregressive", "contiguous"),
-    *(("prompt_lookup", kind) for kind in batches.cache_kinds())])
+    *(("prompt_lookup", kind) for kind in batches.cache_kinds()),
+    ("adaptive:drafter=[union:nodes=8],sizes=[1;4;8]", "contiguous")])
 def test_smollm2_on_a_cpu(drafter, kind):
   check(*compile_decode(
       SMOLLM2(depth=30), drafter, rows=2, capacity=2048, dtype=jnp.float32,

@@ -12,6 +12,7 @@ import safetensors.numpy
 import tokenizers
 
 from jaxspec.answers import Completion, TextEvent
+from jaxspec.drift import DriftMonitor
 from jaxspec.metrics import Stats
 from jaxspec.options import Options
 
@@ -36,6 +37,9 @@ class FakeGenerator:
     FakeGenerator.loaded = dict(settings, model=model)
     return cls()
 
+  def __init__(self):
+    self.drift = DriftMonitor()
+
   def default_options(self, **given):
     return Options(**(self.defaults | given))
 
@@ -51,8 +55,12 @@ class FakeGenerator:
       accepted=1,
       drafted_by_position=[2, 2],
       accepted_by_position=[1, 0],
+      accepted_by_node=[1, 0],
+      scored=6,
       draft_length=2,
       seed=options.seed,
+      drafter="fake",
+      task=options.task,
     )
     logprobs = [-0.5] * 4 if options.logprobs else None
     return Completion(
@@ -62,11 +70,14 @@ class FakeGenerator:
   def generate(self, prompts, options, *, chat=False, on_completion=None):
     FakeGenerator.chat = chat
     FakeGenerator.prompts = list(prompts)
+    if isinstance(options, Options):
+      options = [options] * len(prompts)
     done = {}
     for at in reversed(range(len(prompts))):
       if len(done) == self.fails_after:
         raise self.failure("as asked")
-      done[at] = self._complete(prompts[at], options)
+      done[at] = self._complete(prompts[at], options[at])
+      self.drift.add(done[at].stats)
       if on_completion is not None:
         on_completion(at, done[at])
     return [done[at] for at in range(len(prompts))]

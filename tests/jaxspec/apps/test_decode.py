@@ -309,7 +309,7 @@ def test_without_an_output_records_go_to_stdout_in_order(fake, prompts, capsys):
   assert [json.loads(x)["prompt"] for x in lines] == [f"p{i}" for i in range(5)]
 
 
-def test_every_kind_of_prompt_is_read(fake, tmp_path):
+def test_every_kind_of_prompt_is_read(fake, tmp_path, capsys):
   conversation = [{"role": "user", "content": "héllo"}]
   path = write_lines(
     tmp_path / "in.jsonl",
@@ -322,6 +322,13 @@ def test_every_kind_of_prompt_is_read(fake, tmp_path):
   out = tmp_path / "out.jsonl"
   assert run(f"--prompts={path}", f"--output={out}") == 0
   assert fake.prompts == ["text", conversation, "first", [1, 2, 3]]
+  # Acceptance is told apart by what was asked.
+  tasks = [json.loads(x)["stats"]["task"] for x in out.read_text().splitlines()]
+  assert tasks == ["", "", "writing", ""]
+  err = capsys.readouterr().err
+  told = "requests, {} drafts, each next one accepted at [.50 .00]"
+  assert f"fake: 3 {told.format(6)}" in err
+  assert f"fake on writing: 1 {told.format(2)}" in err
 
 
 @pytest.mark.parametrize(
@@ -336,6 +343,7 @@ def test_every_kind_of_prompt_is_read(fake, tmp_path):
     ('{"prompt": [true]}', "must hold text"),
     ('{"turns": []}', "turns must be a list of at least one string"),
     ('{"turns": [1]}', "turns must hold text"),
+    ('{"prompt": "a", "task": 3}', ":2: task must be text, got 3"),
     ('{"messages": []}', "messages must be a list of at least one"),
     ('{"messages": [{"role": "user"}]}', "messages[0] needs 'content'"),
     ('{"messages": ["hi"]}', "messages[0] needs 'role'"),
