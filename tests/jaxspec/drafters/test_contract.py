@@ -27,7 +27,10 @@ from tests.jaxspec.batches import GREEDY, SAMPLED, Scripted
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # What to write behind a drafter's name here; nothing unless it is listed.
-SETTINGS = {"prompt_lookup": "length=4"}
+SETTINGS = {
+    "prompt_lookup": "length=4",
+    "draft_model": "model=[self:layers=0],length=3",
+    "cascade": "models=[self:layers=0;self:int8],length=3"}
 TOKENS = 40
 LONG = {
     "greedy": dataclasses.replace(GREEDY, max_new_tokens=TOKENS),
@@ -36,8 +39,9 @@ PROMPTS = batches.prompts(4)
 EVERY = pytest.mark.parametrize("name", drafters.names())
 
 
-def make(name: str):
-  return drafters.parse(f"{name}:{SETTINGS.get(name, '')}")
+def make(name: str, model):
+  return drafters.parse(f"{name}:{SETTINGS.get(name, '')}",
+                        drafters.Target(model))
 
 
 def options(law: str, rows: int = 4):
@@ -62,7 +66,7 @@ def test_plain_decoding_samples(plain):
 @pytest.mark.parametrize("kind", batches.cache_kinds())
 @EVERY
 def test_text_is_that_of_plain_decoding(small, plain, name, kind):
-  drafter = make(name)
+  drafter = make(name, small)
   for law in LONG:
     state = batches.run(small, drafter, PROMPTS, options(law), kind=kind,
                         capacity=80)
@@ -75,7 +79,7 @@ def test_text_is_that_of_plain_decoding(small, plain, name, kind):
 @EVERY
 def test_rows_are_independent(small, plain, name):
   """Of their place, of their neighbours, of how many there are."""
-  drafter, order = make(name), [2, 0, 3, 1]
+  drafter, order = make(name, small), [2, 0, 3, 1]
   state = batches.run(small, drafter, [PROMPTS[i] for i in order],
                       [options("sampled")[i] for i in order], capacity=80)
   assert batches.answers(state) == [plain["sampled"][i] for i in order]
@@ -91,7 +95,7 @@ def test_rows_are_independent(small, plain, name):
 
 @EVERY
 def test_one_trace_for_all_steps(small, name):
-  drafter = make(name)
+  drafter = make(name, small)
   state = batches.begin(small, drafter, PROMPTS, options("greedy"),
                         capacity=80)
   state = batches.finish(small, drafter, state, steps=1)
