@@ -249,7 +249,7 @@ def _leading(proposal: Proposal) -> tuple[Int[Array, "B P"], Int[Array, "B"]]:
   # A node leads if no earlier one has the same parent; so must its ancestors.
   node = jnp.arange(proposal.tree.size)
   rivals = ((parents[:, :, None] == parents[:, None])
-            & (node[:, None] > node)[None])
+            & (node[:, None] > node[None])[None])
   leads = alive & ~jnp.any(rivals, axis=-1)
   leads = leads & ~jnp.any(proposal.mask & ~leads[:, None], axis=-1)
   last = jnp.argmax(jnp.where(leads, proposal.depths, -1), axis=1)

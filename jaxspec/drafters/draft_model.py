@@ -319,7 +319,8 @@ class Translated:
 def _derive(model: Any, name: str) -> Any:
   """A cheaper copy of the model itself: fewer layers, fewer bits, or both."""
   if not isinstance(model, Transformer):
-    raise InputError(f"draft_model: {name} needs a model without a vocab_map")
+    raise InputError(f"draft_model: {name} cannot be made of a model whose "
+                     "vocabulary is translated; name another model")
   bits = False
   for part in filter(None, name.removeprefix("self").lstrip(":").split(",")):
     if part == "int8":
