@@ -2,9 +2,8 @@
 """Eight-bit matrices, and the product with one.
 
 A weight is rounded once, with a scale for each output channel; activations are
-rounded in every product, with a scale for each row. So both factors are int8
-and the sum is exact, in int32: a row's result depends neither on its neighbours
-nor on how many there are.
+rounded in every product, with a scale for each row. So both factors are int8,
+and the sum is exact, in int32, in whichever order it is taken.
 """
 
 import dataclasses

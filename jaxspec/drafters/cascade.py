@@ -20,9 +20,9 @@ class Cascade(DraftModel):
   """Draft models that draft for each other."""
 
   @classmethod
-  def build(cls, target: Target, models: str = "self:int8",
-            drafter: str = "prompt_lookup", length: int = 6) -> Any:
-    """Makes the levels.
+  def build(cls, target: Target, models: Any = "self:int8",
+            drafter: Any = "prompt_lookup", length: Any = 6) -> Any:
+    """Makes the levels of options as they were written.
 
     Args:
       models: cheapest first, separated by semicolons; each as `draft_model`

@@ -52,7 +52,7 @@ class Nested:
   """The draft model's text as far as `cache` goes, and its drafter's state."""
 
   tokens: Int[Array, "B C"]
-  cache: Cache
+  cache: ContiguousCache
   draft: PyTree
 
 
@@ -76,10 +76,10 @@ class DraftModel(Drafter):
   cache_dtype: Any = struct.field(pytree_node=False, default="float32")
 
   @classmethod
-  def build(cls, target: Target, model: str = "self:int8", length: int = 4,
-            drafter: str = "autoregressive", vocab_map: str | None = None
+  def build(cls, target: Target, model: Any = "self:int8", length: Any = 4,
+            drafter: Any = "autoregressive", vocab_map: Any = None
             ) -> "DraftModel":
-    """Makes the drafter.
+    """Makes the drafter of options as they were written.
 
     Args:
       model: `self:int8` for an eight-bit copy of the model itself;
@@ -255,7 +255,7 @@ class DraftModel(Drafter):
             logits[:, 0])
 
 
-def _shared(state: Nested, seq: Sequences) -> Cache:
+def _shared(state: Nested, seq: Sequences) -> ContiguousCache:
   """The cache as far as it holds the committed text, the last token aside."""
   differs = state.tokens != seq.tokens
   common = jnp.where(jnp.any(differs, axis=1), jnp.argmax(differs, axis=1),
@@ -319,7 +319,8 @@ class Translated:
 def _derive(model: Any, name: str) -> Any:
   """A cheaper copy of the model itself: fewer layers, fewer bits, or both."""
   if not isinstance(model, Transformer):
-    raise InputError(f"draft_model: {name} needs a model without a vocab_map")
+    raise InputError(f"draft_model: {name} cannot be made of a model whose "
+                     "vocabulary is translated; name another model")
   bits = False
   for part in filter(None, name.removeprefix("self").lstrip(":").split(",")):
     if part == "int8":
@@ -363,8 +364,7 @@ def _layers(text: str, depth: int) -> list[int]:
   return found
 
 
-def _load(target: Target, name: str, vocab_map: str | None
-          ) -> tuple[Any, Any]:
+def _load(target: Target, name: str, vocab_map: Any) -> tuple[Any, Any]:
   """Another model, in the vocabulary of the target."""
   if target.load is None:
     raise InputError(f"draft_model: {name} cannot be read here; make the "
@@ -390,10 +390,10 @@ def _load(target: Target, name: str, vocab_map: str | None
   return model, tokenizer
 
 
-def _inverse(path: str, theirs: int, ours: int) -> Int[Array, "V"]:
+def _inverse(path: Any, theirs: int, ours: int) -> Int[Array, "V"]:
   """Reads a map from their ids to ours; gives theirs for each of ours."""
   try:
-    ids = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    ids = json.loads(pathlib.Path(str(path)).read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     raise InputError(f"draft_model: vocab_map {path} cannot be read: {error}"
                      ) from error

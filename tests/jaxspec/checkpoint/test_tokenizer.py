@@ -161,6 +161,16 @@ def test_fingerprint_tells_tokenizers_apart():
   assert len(prints) == 4
 
 
+def test_vocabulary_is_what_ids_mean():
+  """However text is cut: these two split digits in different ways."""
+  one, other = (gguf_tokenizer.build(byte_values(pre), "m")
+                for pre in ("smollm", "llama-bpe"))
+  assert one.fingerprint != other.fingerprint
+  assert one.vocabulary == other.vocabulary
+  third = gguf_tokenizer.build(sentencepiece_values(), "m")
+  assert third.vocabulary != one.vocabulary
+
+
 def test_digits_are_split_as_the_name_asks():
   def cut(pre: str, text: str) -> list[str]:
     inner = gguf_tokenizer.build(byte_values(pre), "m")._inner
