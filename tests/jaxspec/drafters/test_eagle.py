@@ -62,7 +62,7 @@ def test_a_head_that_looks_elsewhere_is_always_wrong(wrong):
   assert batches.accepted(state) == 0
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("value", [np.nan, 1e38])
 def test_a_broken_head_changes_no_text(value):
   drafter = drafter_of(cycles.eagle_head(feature=ONE * value), None)
   state = batches.run(cycles.model(), drafter, PROMPTS, GREEDY)
