@@ -463,7 +463,7 @@ class _Settings:
     try:
       found = np.array(value, np.float64)
     except (ValueError, TypeError):
-      found = np.zeros(0)
+      found = np.zeros((0, 0))
     if (found.ndim != 2 or len(found) != heads
         or not 1 <= found.shape[1] <= _MOST["ranks"]
         or not np.all((found >= 0) & (found <= 1))):

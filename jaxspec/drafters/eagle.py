@@ -138,10 +138,10 @@ class Eagle(Drafter):
         jnp.zeros(rows, jnp.int32))
 
   def insert(self, model, state, rows, prefix, request):
-    features = self.head.fuse(prefix.features)
-    cache = self._read_prompts(model, features, prefix, state.cache.dtype)
-    last = jnp.take_along_axis(
-        features, (prefix.length - 1)[:, None, None], axis=1)
+    cache = self._read_prompts(model, prefix, state.cache.dtype)
+    at = (prefix.length - 1)[:, None, None]
+    last = self.head.fuse([jnp.take_along_axis(x, at, axis=1)
+                           for x in prefix.features])
     last = jnp.pad(last, ((0, 0), (0, self.height), (0, 0)))
     return EagleState(
         state.cache.insert(rows, cache, request.limit),
@@ -161,23 +161,27 @@ class Eagle(Drafter):
 
   # The committed text.
 
-  def _read_prompts(self, model: Model, features: Float[Array, "R T D"],
-                    prefix: Prefix, dtype: Any) -> ContiguousCache:
+  def _read_prompts(self, model: Model, prefix: Prefix, dtype: Any
+                    ) -> ContiguousCache:
     """The layer's cache of each prompt, but for its last token."""
-    count = min(features.shape[1], _CHUNK)
-    room = -(-features.shape[1] // count) * count
-    after = jnp.pad(prefix.tokens[:, 1:],
-                    ((0, 0), (0, room - prefix.tokens.shape[1] + 1)))
-    features = jnp.pad(features, ((0, 0), (0, room - features.shape[1]),
-                                  (0, 0)))
+    length = prefix.tokens.shape[1]
+    count = min(length, _CHUNK)
+    room = -(-length // count) * count
+
+    def fit(x):
+      spare = ((0, 0), (0, room - x.shape[1]))
+      return jnp.pad(x, spare + ((0, 0),) * (x.ndim - 2))
+
+    after = fit(prefix.tokens[:, 1:])
+    features = [fit(x) for x in prefix.features]
     wanted = prefix.length - 1
 
     def body(i, cache):
-      part, tokens = (
-          lax.dynamic_slice_in_dim(a, i * count, count, axis=1)
-          for a in (features, after))
-      _, cache = self._read(model, cache, part, tokens,
-                            jnp.clip(wanted - i * count, 0, count))
+      def part(x):
+        return lax.dynamic_slice_in_dim(x, i * count, count, axis=1)
+      _, cache = self._read(
+          model, cache, self.head.fuse([part(x) for x in features]),
+          part(after), jnp.clip(wanted - i * count, 0, count))
       return cache
 
     cache = self.head.init_cache(ContiguousCache, len(wanted), room, dtype)
@@ -277,7 +281,8 @@ class Eagle(Drafter):
       law = jax.nn.log_softmax(self.head.logits(model, x), axis=-1)
       chance, best = lax.top_k(law, width)
       # No path is likelier than its beginning, whatever a head may say.
-      chance = jnp.where(chance <= 0, jnp.maximum(chance, _NEVER), _NEVER)
+      chance = jnp.where(jnp.isnan(chance), _NEVER,
+                         jnp.clip(chance, _NEVER, 0.0))
       return (self.head.ids(best).reshape(rows, -1),
               (score[..., None] + chance).reshape(rows, -1))
 

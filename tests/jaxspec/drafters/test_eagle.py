@@ -62,6 +62,16 @@ def test_a_head_that_looks_elsewhere_is_always_wrong(wrong):
   assert batches.accepted(state) == 0
 
 
+@pytest.mark.parametrize("value", [np.nan, 1e38])
+def test_a_broken_head_changes_no_text(value):
+  drafter = drafter_of(cycles.eagle_head(feature=ONE * value), None)
+  state = batches.run(cycles.model(), drafter, PROMPTS, GREEDY)
+  assert batches.answers(state) == [cycles.recited(p, 24) for p in PROMPTS]
+  propose = jax.jit(drafter.propose)
+  proposal, _ = propose(cycles.model(), state.seq, state.request, state.draft)
+  assert bool(jnp.all(proposal.parents < jnp.arange(drafter.size)[None]))
+
+
 def knows_some():
   """A head that is wrong about every third token of the cycle."""
   some = cycles.ahead(1)
