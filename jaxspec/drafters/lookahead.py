@@ -57,7 +57,7 @@ class Lookahead(Drafter):
 
   ranks = 1
   # Of the window, and of the pool.
-  priors = (0.15, 0.35)
+  priors = (0.08, 0.3)
 
   def __post_init__(self):
     for name, low, high in (("window", 1, 64), ("levels", 1, 16),

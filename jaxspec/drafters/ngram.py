@@ -140,12 +140,12 @@ def learn(texts: Iterable[Sequence[int]], *, orders: int = 3,
   Returns:
     What `save` takes. Of two tokens that follow as often the smaller is kept.
   """
-  texts = [np.asarray(text, np.int32) for text in texts]
+  tokens = [np.asarray(text, np.int32) for text in texts]
   buckets = max(size // WAYS, 1)
   found = []                                  # bucket, check, token, count
   for order in range(1, orders + 1):
     grams = [np.lib.stride_tricks.sliding_window_view(text, order + 1)
-             for text in texts if len(text) > order]
+             for text in tokens if len(text) > order]
     if not grams:
       continue
     # Every gram once, its context first; of a context, the commonest gram

@@ -63,7 +63,7 @@ class PromptLookup(Drafter):
   @property
   def priors(self):
     # By the length of the match.
-    return tuple(1 - 0.65 ** size for size in range(1, self.max_ngram + 1))
+    return tuple(1 - 0.65 * 0.5 ** more for more in range(self.max_ngram))
 
   def propose(self, model, seq, request, state):
     look_up = self.look_up if self.branches == 1 else self.look_up_all

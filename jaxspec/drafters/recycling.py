@@ -111,7 +111,7 @@ class Recycling(Drafter):
 
 def chances(ranks: int) -> tuple[float, ...]:
   """How often the successor of each rank is right, or nearly."""
-  return tuple(0.4 * (rank + 1) ** -1.5 for rank in range(ranks))
+  return tuple(0.5 * (rank + 1) ** -1.7 for rank in range(ranks))
 
 
 @functools.cache
