@@ -85,7 +85,7 @@ def test_library_examples_use_what_there_is():
 
 
 @pytest.mark.parametrize(
-  "flag, folder", [("cache", "caches"), ("drafter",) * 2]
+  "flag, folder", [("cache", "caches"), ("drafter",) * 2, ("verifier",) * 2]
 )
 def test_named_files_exist(flag, folder):
   folder = folder if folder.endswith("s") else folder + "s"

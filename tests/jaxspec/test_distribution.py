@@ -20,10 +20,25 @@ which no law can show, is caught by that.
 import numpy as np
 import pytest
 
+from jaxspec.verifiers.exact import exact
+from jaxspec.verifiers.rejection import Rejection
 from tests.jaxspec import mutants
-from tests.jaxspec.mutants import ALPHA, BUGS, DRAFTERS, HARMLESS, ROWS
+from tests.jaxspec.mutants import (
+  ALPHA,
+  BUGS,
+  DRAFT_BUGS,
+  DRAFTERS,
+  HARMLESS,
+  ROWS,
+)
 
 SAMPLES = 2 * ROWS                   # of a bug
+VERIFIERS = {"exact": exact, "rejection": Rejection()}
+# A verifier, and a drafter that suits it: drafts are drawn for rejection.
+PAIRS = [("exact", "chain"), ("exact", "tree"),
+         ("rejection", "drawn chain"), ("rejection", "drawn tree")]
+MORE_PAIRS = [("exact", "stubborn"), ("rejection", "tree"),
+              ("rejection", "with replacement")]
 
 _rows: list[tuple] = []
 
@@ -35,35 +50,46 @@ def table():
   mutants.show(_rows)
 
 
-def check(drafter: str, sampler: str, size: int) -> None:
-  found = mutants.sample(drafter, sampler, size)
+def check(verifier: str, drafter: str, sampler: str, size: int) -> None:
+  found = mutants.sample(drafter, sampler, size, verifier=VERIFIERS[verifier])
   law = mutants.law(sampler)
   assert found.counts.sum() == size
   # Drafts were accepted, and drafts were refused: both paths were walked.
   assert found.accepted > size // 4
   assert found.drafted - found.accepted > size // 2
-  joint = mutants.p_value(found.counts, law)
+  joint = mutants.joint_p_value(found.counts, law)
   _rows.append((None, drafter, joint, mutants.p_value(
       mutants.beginning(found.counts), mutants.beginning(law))))
   assert joint > ALPHA
 
 
-@pytest.mark.parametrize("drafter, sampler", [("chain", "warm"),
-                                              ("tree", "cool")])
-def test_joint_law(drafter, sampler):
-  check(drafter, sampler, 2**18)
+@pytest.mark.parametrize("verifier, drafter, sampler", [
+    ("exact", "tree", "cool"), ("rejection", "drawn tree", "warm")])
+def test_joint_law(verifier, drafter, sampler):
+  check(verifier, drafter, sampler, 2**18)
 
 
-@pytest.mark.parametrize("drafter, sampler", [
-    ("tree", "penalties"), ("stubborn", "min_p")])
-def test_joint_law_of_other_samplers(drafter, sampler):
-  check(drafter, sampler, 2**16)
+FOUR = [s for s in mutants.SAMPLERS if s != "open"]
+
+
+@pytest.mark.parametrize("sampler", FOUR)
+@pytest.mark.parametrize("verifier, drafter", PAIRS)
+def test_joint_law_of_fewer_answers(verifier, drafter, sampler):
+  check(verifier, drafter, sampler, 2**15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", mutants.SAMPLERS)
+@pytest.mark.parametrize("verifier, drafter", PAIRS + MORE_PAIRS)
+def test_joint_law_everywhere(verifier, drafter, sampler):
+  check(verifier, drafter, sampler, 2**18)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("sampler", mutants.SAMPLERS)
-def test_joint_law_of_four_million(sampler):
-  check("tree", sampler, 2**22)
+@pytest.mark.parametrize("verifier, drafter", [PAIRS[1], PAIRS[3]])
+def test_joint_law_of_four_million(verifier, drafter, sampler):
+  check(verifier, drafter, sampler, 2**22)
 
 
 def test_the_law_is_that_of_texts_and_not_of_tokens():
@@ -96,11 +122,21 @@ def test_mutants_are_killed(bug):
   assert healthy == (row[2] > ALPHA)
 
 
-def test_no_bug_planted_is_the_package():
+@pytest.mark.parametrize("bug", DRAFT_BUGS)
+def test_mutants_of_draft_probabilities_are_killed(bug):
+  row = mutants.judge(bug, "drawn tree", SAMPLES, "warm")
+  _rows.append(row)
+  assert (bug == "none") == (row[2] > ALPHA)
+  assert row[3] > 1e-3               # and the first token shows none of them
+
+
+@pytest.mark.parametrize("verifier, drafter", [PAIRS[1], PAIRS[3]])
+def test_no_bug_planted_is_the_package(verifier, drafter):
   """What the bugs are judged beside decodes what the package decodes."""
   np.testing.assert_array_equal(
-      mutants.sample("tree", "cool", ROWS, bug="none").counts,
-      mutants.sample("tree", "cool", ROWS).counts)
+      mutants.sample(drafter, "cool", ROWS, bug="none").counts,
+      mutants.sample(drafter, "cool", ROWS,
+                     verifier=VERIFIERS[verifier]).counts)
 
 
 def test_two_percent_leniency_is_seen_where_nothing_is_ruled_out():
@@ -154,6 +190,18 @@ def test_kill_table(sampler):
     # above, which has fewer cells.
     if bug == "leniency" and (sampler == "open" or drafter == "stubborn"):
       continue
+    if silent != (joint > ALPHA):
+      survivors.append(row)
+  assert not survivors, survivors
+
+
+@pytest.mark.nightly
+def test_kill_table_of_draft_probabilities():
+  survivors = []
+  for row in mutants.draft_kill_table(2**18):
+    _rows.append(row)
+    bug, drafter, joint, _ = row
+    silent = bug == "none" or (bug, drafter) in HARMLESS
     if silent != (joint > ALPHA):
       survivors.append(row)
   assert not survivors, survivors
