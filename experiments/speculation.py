@@ -123,11 +123,13 @@ class Bench:
         chunk=512, dtype=jnp.dtype(self.generators[PLAIN].cache_dtype))
 
   def decode(self, drafter: str, prefix: Any, lengths: Any, options: Any,
-             forced: tuple[int, int] | None = None) -> dict[str, Any]:
+             width: int | None = None, steps: int = 2**30) -> dict[str, Any]:
     """Decodes a batch and tells what it took.
 
     Args:
-      forced: takes so many steps at one width instead; (width, steps).
+      width: the width of each pass of an adaptive drafter, by its number;
+        None lets it choose.
+      steps: at most so many are taken.
     """
     import jax
     import jax.numpy as jnp
@@ -143,9 +145,9 @@ class Bench:
     state = loop.insert(made.model, made.drafter, made.verifier, state,
                         np.arange(self.rows, dtype=np.int32), prefix, request)
     jax.block_until_ready(state.seq.tokens)
-    part, steps = made.drafter, 2**30
-    if forced is not None:
-      part, steps = part.replace(forced=jnp.asarray(forced[0])), forced[1]
+    part = made.drafter
+    if width is not None:
+      part = part.replace(forced=jnp.asarray(width, jnp.int32))
     with machine.ForeignLoad() as load:
       start = time.perf_counter()
       state = loop.decode(made.model, part, made.verifier, state,
@@ -174,7 +176,7 @@ class Bench:
     found = {size: [] for size in sizes}
     for repeat in range(6):
       for number, size in enumerate(sizes):
-        run = self.decode(drafter, prefix, lengths, options, (number, 6))
+        run = self.decode(drafter, prefix, lengths, options, number, 6)
         if repeat and run["steps"]:            # the first compiles
           found[size].append(run["seconds"] / run["steps"])
     self._states.pop(drafter)
