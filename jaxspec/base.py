@@ -287,6 +287,8 @@ class Drafter(Protocol):
     priors: for each kind of guess the drafter makes, how often it is right,
       before anything is known.
     costly: whether proposing takes a noticeable part of a pass.
+    whole: whether all it proposes must be scored, and where it put it: it can
+      be neither cut nor joined with others.
     unmeasured: whether it waits for what passes of its `sizes` cost.
     coupled: whether what one row is given may depend on others, as when they
       share a pass whose width is chosen. Their texts never do.
@@ -298,6 +300,7 @@ class Drafter(Protocol):
   size: int
   priors: tuple[float, ...] = (0.5,)
   costly: bool = False
+  whole: bool = False
   unmeasured: bool = False
   coupled: bool = False
 

@@ -74,6 +74,9 @@ class Adaptive(Drafter):
       costs: by default a guess, which a `Generator` replaces by what it
         measures.
     """
+    if drafter.whole:
+      raise InputError(f"adaptive: {type(drafter).__name__.lower()} cannot be "
+                       "cut; use it alone")
     if sizes is None:
       sizes = tuple(2**i for i in range(12) if 2**i < drafter.size)
       sizes = (*sizes, drafter.size)

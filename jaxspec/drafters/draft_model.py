@@ -121,6 +121,8 @@ class DraftModel(Drafter):
     return cls(made, inner, length, target.honest,
                "float32" if on_cpu else weight.dtype.name)
 
+  costly = True
+
   @property
   def height(self):
     return self.length

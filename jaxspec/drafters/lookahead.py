@@ -56,6 +56,7 @@ class Lookahead(Drafter):
   buckets: int = struct.field(pytree_node=False, default=4096)
 
   ranks = 1
+  whole = True
   # Of the window, and of the pool.
   priors = (0.08, 0.3)
 

@@ -46,6 +46,10 @@ class Union(Drafter):
     from jaxspec.drafters import parse
     parts = tuple(parse(part, target)
                   for part in naming.split(str(drafters), ";"))
+    for part in parts:
+      if part.whole:
+        raise InputError(f"union: {type(part).__name__.lower()} cannot be "
+                         "joined with others; use it alone")
     most = 1 + sum(part.size - 1 for part in parts)
     if len(parts) < 2:
       raise InputError("union: drafters must be at least two, as in "

@@ -154,6 +154,7 @@ def test_a_costly_drafter_is_not_asked_while_nothing_pays(small, plain):
     ("adaptive:costs=[1;2]", "one for each"),
     ("adaptive:sizes=[1;9],costs=[1;-2]", "positive"),
     ("adaptive:drafter=oracle", "unknown"),
+    ("adaptive:drafter=lookahead", "cannot be cut"),
 ])
 def test_refused(small, text, word):
   with pytest.raises(InputError, match=word):

@@ -106,6 +106,7 @@ def test_from_text(small):
     ("union:drafters=[prompt_lookup;prompt_lookup],nodes=1", r"\[2, 17\]"),
     ("union:drafters=[prompt_lookup;oracle]", "unknown"),
     ("union:drafters=[prompt_lookup", "brackets"),
+    ("union:drafters=[lookahead;prompt_lookup]", "cannot be joined"),
 ])
 def test_refused(small, text, word):
   with pytest.raises(InputError, match=word):
