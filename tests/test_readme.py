@@ -3,6 +3,7 @@
 
 import ast
 import importlib
+import inspect
 import pathlib
 import re
 import shlex
@@ -10,6 +11,7 @@ import shlex
 import pytest
 
 from jaxspec import __main__ as front_door
+from jaxspec import drafters, naming
 from jaxspec.apps import launch
 
 ROOT = pathlib.Path(front_door.__file__).parent.parent
@@ -85,13 +87,26 @@ def test_library_examples_use_what_there_is():
 
 
 @pytest.mark.parametrize(
-  "flag, folder", [("cache", "caches"), ("drafter",) * 2, ("verifier",) * 2]
+  "flag, folder", [("cache", "caches"), ("verifier", "verifiers")]
 )
 def test_named_files_exist(flag, folder):
-  folder = folder if folder.endswith("s") else folder + "s"
   (row,) = re.findall(rf"`--{flag}=(.*?) \|", README)
   for name in re.findall(r"\w+", row):
     assert (ROOT / "jaxspec" / folder / f"{name}.py").exists(), name
+
+
+def test_every_drafter_is_in_the_table():
+  """By its name, with options that it has."""
+  _, table = README.split("| `--drafter=` | drafts |\n")
+  rows = re.findall(r"^\| `(.*?)` \|", table.split("\n\n")[0], re.MULTILINE)
+  found = dict(naming.choose("drafter", row, drafters.names()) for row in rows)
+  assert sorted(found) == drafters.names()
+  for name, options in found.items():
+    kind = getattr(importlib.import_module(f"jaxspec.drafters.{name}"),
+                   "".join(map(str.capitalize, name.split("_"))))
+    known = (inspect.signature(kind.build).parameters
+             if hasattr(kind, "build") else kind.__dataclass_fields__)
+    naming.options(name, options, [*known])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
