@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 from jaxspec import sharding
 
 _COLDEST, _LEAST_MASS = 1e-30, 1e-30
+_BLOCK = 128                     # of logits, of which the maximum is taken
 # Folded into a key before the position, for noise that must have nothing to
 # do with that of `gumbel`. No position is so large.
 _COINS, _APART = 2**32 - 1, 2**32 - 2
@@ -170,12 +171,24 @@ def apart(key: Key[Array, "B"]) -> Key[Array, "B"]:
 
 
 def top(logits: Float[Array, "B N V"], count: int) -> Int[Array, "B N count"]:
-  """The likeliest tokens, best first."""
+  """The likeliest tokens, best first; of equal ones the first."""
   if count == 1:
     return jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32)
   if not count:
     return jnp.zeros((*logits.shape[:2], 0), jnp.int32)
-  return lax.top_k(logits, count)[1].astype(jnp.int32)
+  vocab = logits.shape[-1]
+  if vocab < 4 * count * _BLOCK:
+    return lax.top_k(logits, count)[1].astype(jnp.int32)
+  # They stand in the blocks of the largest maxima. A maximum is cheap, and
+  # what is left to select from is small.
+  blocks = jnp.pad(logits, ((0, 0), (0, 0), (0, -vocab % _BLOCK)),
+                   constant_values=-jnp.inf)
+  blocks = blocks.reshape(*logits.shape[:2], -1, _BLOCK)
+  which = jnp.sort(lax.top_k(jnp.max(blocks, axis=-1), count)[1], axis=-1)
+  few = jnp.take_along_axis(blocks, which[..., None], axis=2)
+  at = lax.top_k(few.reshape(*logits.shape[:2], -1), count)[1]
+  block = jnp.take_along_axis(which, at // _BLOCK, axis=-1)
+  return (block * _BLOCK + at % _BLOCK).astype(jnp.int32)
 
 
 def log_probability(logits: Float[Array, "B N V"], nodes: Int[Array, "B P"],

@@ -264,6 +264,20 @@ def test_penalties_see_a_nodes_own_path():
       {1: 0.5, 2: 0.5, 5: 0.5, **{t: 0.5 for t in path}} for path in paths]
 
 
+@pytest.mark.parametrize("vocab", [60, 5000, 5100])
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_the_likeliest_tokens(vocab, count):
+  """In blocks or at once; with ties, of which the first counts."""
+  rng = np.random.default_rng(0)
+  for logits in (rng.standard_normal((2, 3, vocab)),
+                 rng.integers(0, 40, (2, 3, vocab)),
+                 -np.inf * np.ones((2, 3, vocab))):
+    logits = logits.astype(np.float32)
+    wanted = np.argsort(-logits, axis=-1, kind="stable")[..., :count]
+    np.testing.assert_array_equal(sampling.top(jnp.asarray(logits), count),
+                                  wanted)
+
+
 def test_frequency_counts_and_presence_does_not():
   nodes = jnp.array([[3, 3, 4, 3, 4]], jnp.int32)
   tokens = jnp.full((1, SLOTS), 3, jnp.int32)
