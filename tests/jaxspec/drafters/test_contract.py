@@ -21,6 +21,7 @@ from jaxspec import drafters, loop
 from jaxspec.drafters.autoregressive import Autoregressive
 from jaxspec.profiling import count_compiles
 from jaxspec.tree import branching, chain, from_paths
+from jaxspec.verifiers.rejection import Rejection
 from tests.jaxspec import batches
 from tests.jaxspec.batches import GREEDY, SAMPLED, Scripted
 
@@ -87,6 +88,22 @@ def test_rows_are_independent(small, plain, name):
     # The drafts too are the same, not only what became of them.
     np.testing.assert_array_equal(alone.counters.accepted[0],
                                   together[order.index(row)])
+
+
+@EVERY
+def test_rejection_takes_drafts_too(small, plain, name):
+  """A greedy row has one text, whatever the rule; others have their law.
+
+  (`test_distribution.py` holds the law.)
+  """
+  drafter = make(name)
+  for law in LONG:
+    state = batches.run(small, drafter, PROMPTS, options(law), capacity=80,
+                        verifier=Rejection())
+    assert (batches.accepted(state) > 0) == (drafter.height > 0), law
+    same = batches.answers(state) == plain[law]
+    assert same == (law == "greedy")
+  batches.check_cache(small, state)
 
 
 @EVERY
