@@ -7,8 +7,8 @@ of the law (recursive rejection, arXiv:2305.09781). The law of the text is that
 of plain decoding; unlike with `exact`, its tokens are others.
 
 For drafts that are sampled from a law which the drafter reports. Without it
-they count as certain, which is right for any tree, and accepts as often as
-`exact` does.
+they count as certain, which is right for any tree; but then `exact` accepts as
+much, and more where drafts were drawn with its noise.
 """
 
 import dataclasses

@@ -56,24 +56,24 @@ def check(verifier: str, drafter: str, sampler: str, size: int) -> None:
   assert found.counts.sum() == size
   # Drafts were accepted, and drafts were refused: both paths were walked.
   assert found.accepted > size // 4
-  assert found.drafted - found.accepted > size // 2
+  assert found.drafted - found.accepted > size // 4
   joint = mutants.joint_p_value(found.counts, law)
   _rows.append((None, drafter, joint, mutants.p_value(
       mutants.beginning(found.counts), mutants.beginning(law))))
   assert joint > ALPHA
 
 
-@pytest.mark.parametrize("verifier, drafter, sampler", [
-    ("exact", "tree", "cool"), ("rejection", "drawn tree", "warm")])
+LARGE = [("exact", "tree", "cool"), ("rejection", "drawn tree", "warm")]
+SMALL = [(*pair, sampler) for pair in PAIRS for sampler in mutants.SAMPLERS
+         if sampler != "open" and (*pair, sampler) not in LARGE]
+
+
+@pytest.mark.parametrize("verifier, drafter, sampler", LARGE)
 def test_joint_law(verifier, drafter, sampler):
   check(verifier, drafter, sampler, 2**18)
 
 
-FOUR = [s for s in mutants.SAMPLERS if s != "open"]
-
-
-@pytest.mark.parametrize("sampler", FOUR)
-@pytest.mark.parametrize("verifier, drafter", PAIRS)
+@pytest.mark.parametrize("verifier, drafter, sampler", SMALL)
 def test_joint_law_of_fewer_answers(verifier, drafter, sampler):
   check(verifier, drafter, sampler, 2**15)
 

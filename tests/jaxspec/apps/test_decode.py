@@ -572,19 +572,15 @@ def test_a_stream_prints_what_its_record_holds(
 
 
 @pytest.mark.parametrize(
-  "argv, label, lossy",
+  "argv, label",
   [
-    (["--verifier=rejection"], "rejection", False),
-    (["--verifier=typical:epsilon=0.2"], "typical(lossy)", True),
-    (
-      ["--simulate_acceptance=1"],
-      "simulated(1, not the model's text)",
-      True,
-    ),
+    (["--verifier=rejection"], "rejection"),
+    (["--verifier=typical:epsilon=0.2"], "typical(lossy)"),
+    (["--simulate_acceptance=1"], "simulated(1, not the model's text)"),
   ],
 )
 def test_every_output_names_the_verifier(
-  argv, label, lossy, tiny_model, tmp_path, capsys
+  argv, label, tiny_model, tmp_path, capsys
 ):
   out = tmp_path / "out.jsonl"
   code = run(
@@ -604,10 +600,11 @@ def test_every_output_names_the_verifier(
   err = capsys.readouterr().err
   assert f" verify={label}\n" in err
   assert ("simulated; the text is not" in err) == ("simulated" in label)
-  if "simulated" in label:           # all that was drafted was accepted
+  if "simulated" in label:  # All drafts stood; the limit may cut the last.
     stats = record["stats"]
-    assert stats["accepted_by_position"] == stats["drafted_by_position"]
+    pairs = zip(stats["accepted_by_position"], stats["drafted_by_position"])
     assert stats["accepted"] > 0
+    assert all(whole - part <= 1 for part, whole in pairs)
 
 
 @pytest.mark.parametrize(
@@ -618,10 +615,6 @@ def test_every_output_names_the_verifier(
     (["--verifier=exakt"], "exact"),
     (["--verifier=typical:delta=2"], "delta must be a number in [0, 1]"),
     (["--simulate_acceptance=1.5"], "rate must be a number in [0, 1]"),
-    (
-      ["--verifier=deferral", "--drafter=prompt_lookup"],
-      "must know the law that drafts were drawn from",
-    ),
     (["--cache=pagde"], "paged"),
     (["--dtype=float16"], "float16"),
     (["--mesh=tensr=2"], "tensor"),
@@ -644,6 +637,13 @@ def test_what_cannot_be_is_one_sentence(argv, words, tiny_model, capsys):
   last = err.splitlines()[-1]
   assert last.startswith("jaxspec: ") and words in last
   assert "Traceback" not in err and out.strip() == ""
+
+
+def test_a_verifier_may_want_more_than_a_drafter_tells(tiny_model, capsys):
+  argv = ["--verifier=deferral", "--drafter=prompt_lookup"]
+  assert run(f"--model={tiny_model}", "--prompt=abababab", *argv) == 2
+  last = capsys.readouterr().err.splitlines()[-1]
+  assert "deferral must know the law that drafts were drawn from" in last
 
 
 def test_an_empty_prompt_is_refused(tiny_model, capsys):

@@ -23,6 +23,7 @@ from jaxspec.drafters.autoregressive import Autoregressive
 from jaxspec.heads import EagleHead, MedusaHeads
 from jaxspec.profiling import count_compiles
 from jaxspec.tree import branching, chain, from_paths
+from jaxspec.verifiers.rejection import Rejection
 from tests.jaxspec import batches
 from tests.jaxspec.batches import GREEDY, SAMPLED, Scripted
 
@@ -126,6 +127,23 @@ def test_rows_are_independent(small, plain, make, name):
       continue
     np.testing.assert_array_equal(alone.counters.accepted[0],
                                   together[order.index(row)])
+
+
+@EVERY
+def test_rejection_takes_drafts_too(small, plain, make, name):
+  """A greedy row has one text, whatever the rule; others have their law.
+
+  (`test_distribution.py` holds the law.)
+  """
+  drafter = make(name)
+  for law, temperature in (("greedy", 0.0), ("sampled", 0.3)):
+    asked = [dataclasses.replace(o, temperature=temperature)
+             for o in options(law)]
+    state = batches.run(small, drafter, PROMPTS, asked, capacity=80,
+                        verifier=Rejection())
+    assert (batches.accepted(state) > 0) == (drafter.height > 0), law
+    assert (batches.answers(state) == plain[law]) == (law == "greedy")
+  batches.check_cache(small, state)
 
 
 @EVERY
