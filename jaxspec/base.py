@@ -287,6 +287,7 @@ class Drafter(Protocol):
     priors: for each kind of guess the drafter makes, how often it is right,
       before anything is known.
     costly: whether proposing takes a noticeable part of a pass.
+    honest: whether its proposals tell the laws they were drawn from.
     whole: whether all it proposes must be scored, and where it put it: it can
       be neither cut nor joined with others.
     unmeasured: whether it waits for what passes of its `sizes` cost.
@@ -300,6 +301,7 @@ class Drafter(Protocol):
   size: int
   priors: tuple[float, ...] = (0.5,)
   costly: bool = False
+  honest: bool = False
   whole: bool = False
   unmeasured: bool = False
   coupled: bool = False
@@ -325,8 +327,8 @@ class Drafter(Protocol):
 
 # (proposal, warped logits, sampling, positions of the tokens to draw). It is
 # hashable and comparable. What it may say of itself: `honest`, it wants to know
-# `Proposal.probs`; `lossy`, the text is not distributed as the model's own;
-# `label`, its name in statistics.
+# `Proposal.probs`, and `needs_probs`, it cannot do without; `lossy`, the text
+# is not distributed as the model's own; `label`, its name in statistics.
 Verifier = Callable[
     [Proposal, Float[Array, "B N V"], Sampling, Int[Array, "B N"]], Verdict]
 

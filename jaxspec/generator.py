@@ -88,6 +88,12 @@ class Generator:
       drafter = drafters.parse(drafter, drafters.Target(
           model, tokenizer, functools.partial(_load_beside, model, self.mesh),
           honest=getattr(self.verifier, "honest", False), rows=rows))
+    if (getattr(self.verifier, "needs_probs", False) and drafter.height
+        and not drafter.honest):
+      raise InputError(
+          f"verifier {_name(self.verifier)} must know the law that drafts were "
+          f"drawn from, and {self._drafter_name} reports none; use draft_model, "
+          "or --verifier=exact")
     self.drafter = drafter
     self._meter = Meter(len(drafter.sizes)) if drafter.unmeasured else None
     least = self.drafter.height + 2

@@ -44,6 +44,7 @@ class Deferral:
   rule: str = "sure"
 
   honest: ClassVar[bool] = True
+  needs_probs: ClassVar[bool] = True
   lossy: ClassVar[bool] = True
   label: ClassVar[str] = "deferral(lossy)"
 

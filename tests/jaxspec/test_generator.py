@@ -437,7 +437,9 @@ def test_stop_strings_need_a_tokenizer(small):
     (dict(capacity=1), "capacity must be in"),
     (dict(capacity=2048), "capacity must be in"),
     (dict(drafter="prompt_lokup"), "Did you mean 'prompt_lookup'"),
-    (dict(verifier="exakt"), "Did you mean 'exact'")])
+    (dict(verifier="exakt"), "Did you mean 'exact'"),
+    (dict(verifier="deferral", drafter="prompt_lookup"),
+     r"deferral\(lossy\) must know the law .* and prompt_lookup reports none")])
 def test_a_bad_setting_is_one_sentence(small, settings, words):
   with pytest.raises(InputError, match=words):
     Generator(small, **{"capacity": CAPACITY, **settings})
