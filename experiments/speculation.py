@@ -53,11 +53,19 @@ def define_flags() -> None:
   flags.DEFINE_multi_string(
       "drafter", [
           "prompt_lookup",
-          "recycling",
+          "recycling:nodes=12",
           "union:drafters=[prompt_lookup;recycling],nodes=12",
-          "adaptive:drafter=[prompt_lookup]",
-          "adaptive:drafter=[union:drafters=[prompt_lookup;recycling],nodes=12]",
+          "adaptive:drafter=[prompt_lookup],sizes=[1;2;4;9]",
+          "adaptive:drafter=[union:drafters=[prompt_lookup;recycling],nodes=12]"
+          ",sizes=[1;2;4;8;12]",
       ], "what is compared with plain decoding; may be repeated")
+  flags.DEFINE_multi_string(
+      "aside", [
+          "prompt_lookup:branches=3,nodes=12",
+          "lookahead",
+          "draft_model:model=[self:int8],length=4",
+          "cascade:models=[self:layers=0-15+18-29;self:int8],length=4",
+      ], "compared too, but greedily, of one row and in the first dtype alone")
 
 
 def read_prompts(path: str, count: int) -> dict[str, list[str]]:
@@ -196,7 +204,9 @@ def measure(dtype: str, rows: int, prompts: dict[str, list[str]]
   import jax.numpy as jnp
 
   from jaxspec.generator import Options
-  bench = Bench(dtype, rows, FLAGS.drafter)
+  first = (dtype, rows) == next(sections()) and rows == 1
+  aside = FLAGS.aside if first else []
+  bench = Bench(dtype, rows, [*FLAGS.drafter, *aside])
   runs, curve = [], {}
   adaptive = next((d for d in reversed(FLAGS.drafter)
                    if d.startswith("adaptive")), None)
@@ -222,16 +232,16 @@ def measure(dtype: str, rows: int, prompts: dict[str, list[str]]
                 costs = np.interp(sizes, list(curve), told)
                 made.drafter = made.drafter.replace(
                     costs=jnp.asarray(costs, jnp.float32))
-        order = [PLAIN, *FLAGS.drafter]
+        order = [PLAIN, *FLAGS.drafter, *(aside if not temperature else [])]
         shift = number % len(order)
-        for text in (*order[shift:], *order[:shift]):
+        for text in [*order[shift:], *order[:shift]]:
           run = bench.decode(text, prefix, lengths, options)
           runs.append({"drafter": text, "category": category,
                        "temperature": temperature, "batch": number, **run})
       print(f"{dtype} batch {rows} temperature {temperature:g} {category}: "
             + ", ".join(
                 f"{short(d)} {speed(runs, d, category, temperature):.2f}"
-                for d in FLAGS.drafter), flush=True)
+                for d in order if d != PLAIN), flush=True)
   return {"dtype": dtype, "rows": rows, "cost_curve": curve, "runs": runs}
 
 
@@ -353,7 +363,8 @@ def main(argv: list[str]) -> None:
   output = pathlib.Path(FLAGS.output)
   partial = output.with_name(output.name + ".sections")
   setting = [machine.commit(), FLAGS.count, FLAGS.new_tokens,
-             FLAGS.prompt_tokens, FLAGS.drafter, FLAGS.temperatures]
+             FLAGS.prompt_tokens, FLAGS.drafter, FLAGS.aside,
+             FLAGS.temperatures]
   done: list[dict[str, Any]] = []
   if partial.exists():
     kept = json.loads(partial.read_text())

@@ -92,8 +92,8 @@ class Generator:
         and not drafter.honest):
       raise InputError(
           f"verifier {_name(self.verifier)} must know the law that drafts were "
-          f"drawn from, and {self._drafter_name} reports none; use draft_model, "
-          "or --verifier=exact")
+          f"drawn from, and {self._drafter_name} reports none; use "
+          "draft_model, or --verifier=exact")
     self.drafter = drafter
     self._meter = Meter(len(drafter.sizes)) if drafter.unmeasured else None
     least = self.drafter.height + 2
