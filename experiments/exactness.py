@@ -391,7 +391,7 @@ def margin(logits: np.ndarray, ours: int, theirs: int, options: Any,
   warped = np.asarray(sampling.warp(
       jnp.asarray(logits)[None, None], one.sampling, sampling.History(
           nothing, nothing[0], nothing[0] + 1, nothing,
-          jnp.ones((1, 1), bool))))[0, 0]
+          jnp.ones((1, 1, 1), bool))))[0, 0]
   noise = np.asarray(sampling.gumbel(
       one.sampling.key, jnp.full((1, 1), position), len(z)))[0, 0]
   z = z / options.temperature

@@ -643,7 +643,7 @@ def test_a_verifier_may_want_more_than_a_drafter_tells(tiny_model, capsys):
   argv = ["--verifier=deferral", "--drafter=prompt_lookup"]
   assert run(f"--model={tiny_model}", "--prompt=abababab", *argv) == 2
   last = capsys.readouterr().err.splitlines()[-1]
-  assert "deferral must know the law that drafts were drawn from" in last
+  assert "deferral(lossy) must know the law that drafts were drawn" in last
 
 
 def test_an_empty_prompt_is_refused(tiny_model, capsys):

@@ -118,7 +118,7 @@ def test_widths_change_and_nothing_is_compiled(small, plain):
       before = np.asarray(state.counters.scored)
       state = batches.finish(small, adaptive.replace(costs=row), state,
                              steps=1)
-      if np.all(state.done):
+      if np.asarray(state.done).all():
         state = batches.refill(small, adaptive, state, [0, 1], PROMPTS, LONG)
         continue
       widths.append(int(np.asarray(state.counters.scored)[0] - before[0]))

@@ -47,6 +47,8 @@ LONG = {
     "greedy": dataclasses.replace(GREEDY, max_new_tokens=TOKENS),
     "sampled": dataclasses.replace(SAMPLED, max_new_tokens=TOKENS)}
 PROMPTS = batches.prompts(4)
+# Judged by the ratio test in every run; the others in slow ones.
+DRAWN = ("prompt_lookup", "draft_model", "union")
 EVERY = pytest.mark.parametrize("name", drafters.names())
 
 
@@ -129,7 +131,9 @@ def test_rows_are_independent(small, plain, make, name):
                                   together[order.index(row)])
 
 
-@EVERY
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in DRAWN else pytest.mark.slow)
+    for name in drafters.names()])
 def test_rejection_takes_drafts_too(small, plain, make, name):
   """A greedy row has one text, whatever the rule; others have their law.
 

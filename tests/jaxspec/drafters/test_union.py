@@ -8,6 +8,7 @@ that it learns whom to believe.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,7 +38,12 @@ def scripted(plain, length, shift=0):
 
 def first_proposal(small, drafter):
   state = batches.begin(small, drafter, PROMPTS, LONG, capacity=80)
-  return drafter.propose(small, state.seq, state.request, state.draft)
+  return propose(small, drafter, state)
+
+
+@jax.jit
+def propose(model, drafter, state):
+  return drafter.propose(model, state.seq, state.request, state.draft)
 
 
 def test_what_two_say_is_one_node(small, plain):
@@ -80,7 +86,7 @@ def test_it_learns_whom_to_believe(small, plain):
   rates = np.asarray(state.draft.acceptance.rates())
   assert np.all(rates[:, 0, 0] < 0.35) and np.all(rates[:, 1, 0] > 0.6)
   # Four a pass, once the three nodes are all the right one's.
-  proposal, _ = union.propose(small, state.seq, state.request, state.draft)
+  proposal, _ = propose(small, union, state)
   assert np.asarray(proposal.depths).tolist() == [[0, 1, 2, 3]] * 3
 
 
