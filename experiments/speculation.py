@@ -47,9 +47,10 @@ def define_flags() -> None:
   flags.DEFINE_list("batches", ["1", "8"], "rows decoded side by side")
   flags.DEFINE_list("temperatures", ["0", "0.7"], "of sampling")
   flags.DEFINE_integer("count", 8, "prompts of each category")
+  flags.DEFINE_integer("single_count", 5, "of these with one row")
   flags.DEFINE_integer(
       "prompt_tokens", 1024, "a longer prompt is cut")
-  flags.DEFINE_integer("new_tokens", 96, "decoded at most")
+  flags.DEFINE_integer("new_tokens", 64, "decoded at most")
   flags.DEFINE_multi_string(
       "drafter", [
           "prompt_lookup",
@@ -212,6 +213,7 @@ def measure(dtype: str, rows: int, prompts: dict[str, list[str]]
                    if d.startswith("adaptive")), None)
   for temperature in map(float, FLAGS.temperatures):
     for category, texts in prompts.items():
+      texts = texts[:FLAGS.single_count] if rows == 1 else texts
       batches = [texts[i:i + rows] for i in range(0, len(texts), rows)]
       for number, batch in enumerate(batches):
         if len(batch) < rows:
@@ -362,7 +364,7 @@ def main(argv: list[str]) -> None:
   prompts = read_prompts(FLAGS.prompts, FLAGS.count)
   output = pathlib.Path(FLAGS.output)
   partial = output.with_name(output.name + ".sections")
-  setting = [machine.commit(), FLAGS.count, FLAGS.new_tokens,
+  setting = [machine.commit(), FLAGS.count, FLAGS.single_count, FLAGS.new_tokens,
              FLAGS.prompt_tokens, FLAGS.drafter, FLAGS.aside,
              FLAGS.temperatures]
   done: list[dict[str, Any]] = []
