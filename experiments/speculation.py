@@ -364,9 +364,9 @@ def main(argv: list[str]) -> None:
   prompts = read_prompts(FLAGS.prompts, FLAGS.count)
   output = pathlib.Path(FLAGS.output)
   partial = output.with_name(output.name + ".sections")
-  setting = [machine.commit(), FLAGS.count, FLAGS.single_count, FLAGS.new_tokens,
-             FLAGS.prompt_tokens, FLAGS.drafter, FLAGS.aside,
-             FLAGS.temperatures]
+  setting = [machine.commit(), FLAGS.count, FLAGS.single_count,
+             FLAGS.new_tokens, FLAGS.prompt_tokens, FLAGS.drafter,
+             FLAGS.aside, FLAGS.temperatures]
   done: list[dict[str, Any]] = []
   if partial.exists():
     kept = json.loads(partial.read_text())
