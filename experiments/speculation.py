@@ -279,6 +279,8 @@ def summary(section: dict[str, Any]) -> list[dict[str, Any]]:
     for drafter in dict.fromkeys(r["drafter"] for r in runs):
       for category in (None, *dict.fromkeys(r["category"] for r in runs)):
         some = picked(runs, drafter, category, temperature)
+        if not some:
+          continue
         plain = {(r["category"], r["batch"]): r["texts"] for r in picked(
             runs, PLAIN, category, temperature)}
         passes = sum(sum(r["passes"]) for r in some)
@@ -347,7 +349,7 @@ def plot(lines: list[dict[str, Any]], path: pathlib.Path) -> None:
       own = {x["category"]: x["speed"] for x in greedy if
              (x["dtype"], x["rows"], x["drafter"]) == (dtype, rows, drafter)}
       axis.bar(np.arange(len(categories)) + 0.8 * number / len(drafters) - 0.4,
-               [own[c] for c in categories], 0.8 / len(drafters),
+               [own.get(c, 0) for c in categories], 0.8 / len(drafters),
                align="edge", label=short(drafter))
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_title(f"{dtype}, batch {rows}", fontsize=9)

@@ -79,9 +79,7 @@ class Union(Drafter):
   def priors(self):
     return tuple(p for part in self.drafters for p in part.priors)
 
-  @property
-  def costly(self):
-    return any(part.costly for part in self.drafters)
+  costly = True                    # joining takes its time
 
   @property
   def coupled(self):
