@@ -6,9 +6,12 @@
 Spec-Bench's prompts are decoded category by category (its eight MT-Bench
 categories as one), by every drafter in turns, prompt by prompt, so that a
 change of the machine's mood meets them all. Only decoding is timed; a prompt
-is read once for all of them. In greedy decoding every drafter's text must be
-that of plain decoding, up to near ties that other widths round otherwise; how
-many texts differ is counted.
+is read once for all of them. One row is decoded to its end. Several rows are
+decoded for so many steps in which all of them run, as they do where finished
+rows are refilled: else a batch would end with its slowest row. In greedy
+decoding every drafter's text must be that of plain decoding, up to near ties
+that other widths round otherwise; how many texts differ, as far as both go, is
+counted.
 
 Beside each measured speed stands the expected one: tokens a pass, over what
 passes of its widths cost by the measured cost curve, proposing left out.
@@ -51,6 +54,7 @@ def define_flags() -> None:
   flags.DEFINE_integer(
       "prompt_tokens", 1024, "a longer prompt is cut")
   flags.DEFINE_integer("new_tokens", 64, "decoded at most")
+  flags.DEFINE_integer("steps", 48, "that several rows are decoded for")
   flags.DEFINE_multi_string(
       "drafter", [
           "prompt_lookup",
@@ -82,13 +86,18 @@ def read_prompts(path: str, count: int) -> dict[str, list[str]]:
           for name, texts in found.items() if len(texts) >= count}
 
 
+def new_tokens(rows: int) -> int:
+  """Most tokens of an answer; of several rows none shall end."""
+  return FLAGS.new_tokens if rows == 1 else 13 * FLAGS.steps
+
+
 class Bench:
   """One model in one precision, and a batch for each drafter."""
 
   def __init__(self, dtype: str, rows: int, drafters: Sequence[str]):
     """Loads the model; programs are compiled when they are first run."""
     from jaxspec.generator import Generator
-    capacity = FLAGS.prompt_tokens + FLAGS.new_tokens
+    capacity = FLAGS.prompt_tokens + new_tokens(rows)
     self.rows, self.tokenizer, shared = rows, None, None
     self.generators: dict[str, Any] = {}
     for text in (PLAIN, *drafters):
@@ -220,11 +229,13 @@ def measure(dtype: str, rows: int, prompts: dict[str, list[str]]
           continue
         lengths, prefix = bench.read([bench.ids(t) for t in batch], ())
         options = [Options(
-            max_new_tokens=FLAGS.new_tokens, temperature=temperature,
-            seed=1000 * number + row) for row in range(rows)]
+            max_new_tokens=new_tokens(rows), temperature=temperature,
+            ignore_eos=rows > 1, seed=1000 * number + row)
+            for row in range(rows)]
+        steps = 2**30 if rows == 1 else FLAGS.steps
         if not runs:
           for text in bench.generators:                        # compiles
-            bench.decode(text, prefix, lengths, options)
+            bench.decode(text, prefix, lengths, options, steps=steps)
           if adaptive is not None:
             curve = bench.cost_curve(adaptive, prefix, lengths, options)
             told = np.array(list(curve.values()), np.float32)
@@ -237,7 +248,7 @@ def measure(dtype: str, rows: int, prompts: dict[str, list[str]]
         order = [PLAIN, *FLAGS.drafter, *(aside if not temperature else [])]
         shift = number % len(order)
         for text in [*order[shift:], *order[:shift]]:
-          run = bench.decode(text, prefix, lengths, options)
+          run = bench.decode(text, prefix, lengths, options, steps=steps)
           runs.append({"drafter": text, "category": category,
                        "temperature": temperature, "batch": number, **run})
       print(f"{dtype} batch {rows} temperature {temperature:g} {category}: "
@@ -304,7 +315,7 @@ def summary(section: dict[str, Any]) -> list[dict[str, Any]]:
             "tokens_per_second": tokens / sum(r["seconds"] for r in some),
             "acceptance_by_position": [a / max(drafts, 1) for a in accepted],
             "texts_that_differ": sum(
-                a != b for r in some for a, b in zip(
+                any(x != y for x, y in zip(a, b)) for r in some for a, b in zip(
                     r["texts"], plain[r["category"], r["batch"]])),
             "texts": sum(len(r["texts"]) for r in some),
         })
@@ -367,8 +378,8 @@ def main(argv: list[str]) -> None:
   output = pathlib.Path(FLAGS.output)
   partial = output.with_name(output.name + ".sections")
   setting = [machine.commit(), FLAGS.count, FLAGS.single_count,
-             FLAGS.new_tokens, FLAGS.prompt_tokens, FLAGS.drafter,
-             FLAGS.aside, FLAGS.temperatures]
+             FLAGS.new_tokens, FLAGS.steps, FLAGS.prompt_tokens,
+             FLAGS.drafter, FLAGS.aside, FLAGS.temperatures]
   done: list[dict[str, Any]] = []
   if partial.exists():
     kept = json.loads(partial.read_text())

@@ -52,7 +52,7 @@ class Acceptance:
   def rates(self) -> Float[Array, "B kinds depth"]:
     """The chance of each guess, its parent accepted."""
     belief = jnp.broadcast_to(self.priors[:, None], self.tried.shape[1:])
-    if self.all_tried is not None:
+    if self.all_tried is not None and self.all_right is not None:
       belief = ((self.all_right + _SHARED_DOUBT * belief)
                 / (self.all_tried + _SHARED_DOUBT))
     return ((self.right + _ROW_DOUBT * belief[None])
@@ -83,7 +83,7 @@ class Acceptance:
     fade = _ROW_MEMORY ** tried
     changed = self.replace(tried=self.tried * fade + tried,
                            right=self.right * fade + right)
-    if self.all_tried is None:
+    if self.all_tried is None or self.all_right is None:
       return changed
     tried, right = tried.sum(axis=0), right.sum(axis=0)
     fade = _SHARED_MEMORY ** tried

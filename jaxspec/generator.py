@@ -84,18 +84,20 @@ class Generator:
                      else verifier)
     self._drafter_name = (drafter if isinstance(drafter, str)
                           else type(drafter).__name__)
+    # An adaptive drafter, for one, has more than every drafter has.
+    self.drafter: Any = drafter
     if isinstance(drafter, str):
-      drafter = drafters.parse(drafter, drafters.Target(
+      self.drafter = drafters.parse(drafter, drafters.Target(
           model, tokenizer, functools.partial(_load_beside, model, self.mesh),
           honest=getattr(self.verifier, "honest", False), rows=rows))
-    if (getattr(self.verifier, "needs_probs", False) and drafter.height
-        and not drafter.honest):
+    if (getattr(self.verifier, "needs_probs", False) and self.drafter.height
+        and not self.drafter.honest):
       raise InputError(
           f"verifier {_name(self.verifier)} must know the law that drafts were "
           f"drawn from, and {self._drafter_name} reports none; use "
           "draft_model, or --verifier=exact")
-    self.drafter = drafter
-    self._meter = Meter(len(drafter.sizes)) if drafter.unmeasured else None
+    self._meter = (Meter(len(self.drafter.sizes)) if self.drafter.unmeasured
+                   else None)
     least = self.drafter.height + 2
     if not least <= self.capacity <= context:
       raise InputError(f"capacity must be in [{least}, {context}] (the model's "
@@ -267,6 +269,7 @@ class Generator:
 
     if not self._meter:
       return decode(self.drafter, state, steps)
+
     def at_width(state, steps, width):
       forced = jnp.asarray(width, jnp.int32)
       return decode(self.drafter.replace(forced=forced), state, steps)
