@@ -46,6 +46,13 @@ def small() -> Transformer:
                      random_source(0, scale=1.5))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+  """Each compiled program holds memory maps, of which a process has 65530."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compiles():
   """Compiles without XLA's costly passes: half the time, the same meaning."""

@@ -48,7 +48,7 @@ LONG = {
     "sampled": dataclasses.replace(SAMPLED, max_new_tokens=TOKENS)}
 PROMPTS = batches.prompts(4)
 # Judged by the ratio test in every run; the others in slow ones.
-DRAWN = ("prompt_lookup", "draft_model", "union")
+DRAWN = ("prompt_lookup",)
 EVERY = pytest.mark.parametrize("name", drafters.names())
 
 

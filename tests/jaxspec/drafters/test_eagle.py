@@ -53,8 +53,10 @@ def test_a_head_that_knows_is_always_right(by, tree):
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(token=cycles.ahead(1)), dict(token=cycles.ahead(-1)),
-    dict(feature=cycles.ahead(2)), dict(feature=ONE)])
+    dict(token=cycles.ahead(1)),
+    pytest.param(dict(token=cycles.ahead(-1)), marks=pytest.mark.slow),
+    pytest.param(dict(feature=cycles.ahead(2)), marks=pytest.mark.slow),
+    dict(feature=ONE)])
 def test_a_head_that_looks_elsewhere_is_always_wrong(wrong):
   drafter = drafter_of(cycles.eagle_head(**wrong), CHAIN)
   state = batches.run(cycles.model(), drafter, PROMPTS, GREEDY)
@@ -62,7 +64,8 @@ def test_a_head_that_looks_elsewhere_is_always_wrong(wrong):
   assert batches.accepted(state) == 0
 
 
-@pytest.mark.parametrize("value", [np.nan, 1e38])
+@pytest.mark.parametrize("value", [
+    np.nan, pytest.param(1e38, marks=pytest.mark.slow)])
 def test_a_broken_head_changes_no_text(value):
   drafter = drafter_of(cycles.eagle_head(feature=ONE * value), None)
   state = batches.run(cycles.model(), drafter, PROMPTS, GREEDY)
@@ -210,7 +213,8 @@ def _paths(proposal, row):
 
 
 @pytest.mark.parametrize("tree, tokens", [
-    (BUSHY, None), (None, range(0, 64, 3))])
+    pytest.param(BUSHY, None, marks=pytest.mark.slow),
+    (None, range(0, 64, 3))])
 def test_tree_is_the_one_that_numpy_finds(small, tree, tokens):
   head = EagleHead.init(small, taps=(1, 2), tokens=tokens)
   drafter = drafter_of(head, tree, nodes=14, depth=3, width=3)

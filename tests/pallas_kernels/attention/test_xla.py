@@ -98,7 +98,8 @@ def attend(arrays, places, **options):
 def packed(places):
   """As the op wants them: masks as bits."""
   places = jax.tree.map(jnp.asarray, places)
-  return {**places, "seen": pack(places.pop("mask"))}
+  seen = pack(places.pop("mask"))
+  return {**places, "seen": seen}
 
 
 def check(arrays, places, **options):
