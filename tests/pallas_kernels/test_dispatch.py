@@ -71,7 +71,8 @@ def test_an_op_takes_its_implementations_by_name():
   def run(implementation):
     return tree_attention(
         x, x, x, x, x, slot_positions=at, positions=at, fresh_positions=at,
-        seen=pack(jnp.ones((1, 1), bool)), scale=1.0, implementation=implementation)
+        seen=pack(jnp.ones((1, 1), bool)), scale=1.0,
+        implementation=implementation)
 
   for implementation in (None, "xla", ["xla"]):
     np.testing.assert_allclose(run(implementation), x)
