@@ -86,7 +86,8 @@ def check(compiled, state_bytes: int) -> None:
 
 @pytest.mark.parametrize("drafter, kind", [
     ("autoregressive", "contiguous"),
-    *(("prompt_lookup", kind) for kind in batches.cache_kinds()),
+    ("prompt_lookup", "contiguous"), ("prompt_lookup", "paged"),
+    pytest.param("prompt_lookup", "window", marks=pytest.mark.slow),
     ("adaptive:drafter=[union:nodes=8],sizes=[1;4;8]", "contiguous")])
 def test_smollm2_on_a_cpu(drafter, kind):
   check(*compile_decode(

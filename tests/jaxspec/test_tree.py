@@ -236,7 +236,7 @@ def trie(tokens, parents, chances, nodes):
   return [(p, known[p]) for p in order], paths
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_grow_against_a_trie(data):
   count = data.draw(st.integers(2, 9))

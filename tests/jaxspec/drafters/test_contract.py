@@ -99,8 +99,11 @@ def test_plain_decoding_samples(plain):
   assert all(len(a) == TOKENS for law in LONG for a in plain[law])
 
 
-@pytest.mark.parametrize("kind", batches.cache_kinds())
-@EVERY
+@pytest.mark.parametrize("name, kind", [
+    # (A cascade is draft models in draft models.)
+    pytest.param(name, kind, marks=pytest.mark.slow
+                 if name == "cascade" and kind != "contiguous" else ())
+    for name in drafters.names() for kind in batches.cache_kinds()])
 def test_text_is_that_of_plain_decoding(small, plain, make, name, kind):
   drafter = make(name)
   for law in LONG:
