@@ -61,10 +61,8 @@ class Acceptance:
   def of(self, kinds: Int[Array, "B N"], depths: Int[Array, "B N"]
          ) -> Float[Array, "B N"]:
     """The chance of each node, its parent accepted; 1 for a root."""
-    rates = self.rates()
-    flat = rates.reshape(len(rates), -1)
-    cell = kinds * rates.shape[2] + jnp.maximum(depths - 1, 0)
-    found = jnp.take_along_axis(flat, cell, axis=1)
+    rates = self.rates().reshape(len(kinds), -1)
+    found = jnp.take_along_axis(rates, self._cells(kinds, depths), axis=1)
     return jnp.where(depths > 0, found, 1.0)
 
   def judge(self, kinds: Int[Array, "B N"], depths: Int[Array, "B N"],
@@ -72,8 +70,8 @@ class Acceptance:
             ) -> "Acceptance":
     """Adds what became of some guesses."""
     shape = self.tried.shape
-    cell = kinds * shape[2] + jnp.maximum(depths - 1, 0)
-    here = cell[..., None] == jnp.arange(shape[1] * shape[2])[None, None]
+    here = (self._cells(kinds, depths)[..., None]
+            == jnp.arange(shape[1] * shape[2])[None, None])
 
     def add(which):
       found = jnp.sum(here & which[..., None], axis=1, dtype=jnp.float32)
@@ -90,6 +88,10 @@ class Acceptance:
     return changed.replace(all_tried=self.all_tried * fade + tried,
                            all_right=self.all_right * fade + right)
 
+  def _cells(self, kinds, depths):
+    """Where each guess stands in `tried`, its two dimensions taken as one."""
+    return kinds * self.tried.shape[2] + jnp.maximum(depths - 1, 0)
+
 
 def along(proposal: Proposal, chances: Float[Array, "B N"]
           ) -> Float[Array, "B N"]:
@@ -103,9 +105,7 @@ def along(proposal: Proposal, chances: Float[Array, "B N"]
 def outcome(proposal: Proposal, verdict: Verdict
             ) -> tuple[Bool[Array, "B N"], Bool[Array, "B N"]]:
   """Which nodes a pass has judged, and which of them were right."""
-  node = jnp.arange(proposal.tree.size)[None, None]
-  walked = jnp.arange(verdict.path.shape[1])[None] < verdict.kept[:, None]
-  kept = jnp.any(walked[..., None] & (verdict.path[..., None] == node), axis=1)
+  kept = verdict.walked(proposal.tree.size)
   parents = jnp.maximum(proposal.parents, 0)
   judged = (jnp.take_along_axis(kept, parents, axis=1) & proposal.alive
             & (proposal.depths > 0))

@@ -92,6 +92,11 @@ class Proposal:
       return jnp.broadcast_to(node >= 0, self.tokens.shape)
     return node < self.live[:, None]
 
+  @property
+  def kind(self) -> Int[Array, "B N"]:
+    """`kinds`, also where there is one."""
+    return jnp.zeros_like(self.tokens) if self.kinds is None else self.kinds
+
   # The topology, row by row, whether it is static or data.
 
   @property
@@ -163,6 +168,12 @@ class Verdict:
   kept: Int[Array, "B"]
   next_token: Int[Array, "B"]
   logprobs: Float[Array, "B P"] | None = None
+
+  def walked(self, nodes: int) -> Bool[Array, "B N"]:
+    """Which of the tree's nodes are on the path, the root among them."""
+    step = jnp.arange(self.path.shape[1])[None] < self.kept[:, None]
+    here = self.path[..., None] == jnp.arange(nodes)[None, None]
+    return jnp.any(step[..., None] & here, axis=1)
 
 
 @struct.dataclass
@@ -282,6 +293,7 @@ class Drafter(Protocol):
   Attributes:
     taps: layers below which `observe` and `insert` want the residual stream.
     ranks: how many of the likeliest tokens behind each node `observe` wants.
+    tree: of every proposal, if it is always the same.
     height: most tokens one step can accept; sizes the counters.
     size: nodes of a proposal, root included (N).
     priors: for each kind of guess the drafter makes, how often it is right,
@@ -297,14 +309,21 @@ class Drafter(Protocol):
 
   taps: tuple[int, ...] = ()
   ranks: int = 0
-  height: int
-  size: int
+  tree: Tree
   priors: tuple[float, ...] = (0.5,)
   costly: bool = False
   honest: bool = False
   whole: bool = False
   unmeasured: bool = False
   coupled: bool = False
+
+  @property
+  def height(self) -> int:
+    return self.tree.height
+
+  @property
+  def size(self) -> int:
+    return self.tree.size
 
   def init(self, model: Model, rows: int, capacity: int) -> PyTree:
     """The state of a batch in which no request has begun."""

@@ -80,6 +80,10 @@ class Generator:
     self._defaults = dict(defaults or {})
     if rows < 1:
       raise InputError(f"rows must be at least 1, got {rows}")
+    if cache_dtype is None:
+      on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+      cache_dtype = "float32" if on_cpu else model.embedding[...].dtype.name
+    self.cache_dtype = jnp.dtype(cache_dtype)
     self.verifier = (verifiers.parse(verifier) if isinstance(verifier, str)
                      else verifier)
     self._drafter_name = (drafter if isinstance(drafter, str)
@@ -89,7 +93,7 @@ class Generator:
     if isinstance(drafter, str):
       self.drafter = drafters.parse(drafter, drafters.Target(
           model, tokenizer, functools.partial(_load_beside, model, self.mesh),
-          honest=getattr(self.verifier, "honest", False), rows=rows))
+          getattr(self.verifier, "honest", False), self.cache_dtype.name))
     if (getattr(self.verifier, "needs_probs", False) and self.drafter.height
         and not self.drafter.honest):
       raise InputError(
@@ -102,10 +106,6 @@ class Generator:
     if not least <= self.capacity <= context:
       raise InputError(f"capacity must be in [{least}, {context}] (the model's "
                        f"context), got {self.capacity}")
-    if cache_dtype is None:
-      on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-      cache_dtype = "float32" if on_cpu else model.embedding[...].dtype.name
-    self.cache_dtype = jnp.dtype(cache_dtype)
     kind, options = caches.parse(cache)
     new_cache = functools.partial(
         model.init_cache, kind, rows, self.capacity, self.cache_dtype,

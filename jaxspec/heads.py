@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ from flax import nnx, struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxspec import loop, sharding
+from jaxspec import sharding
 from jaxspec.errors import InputError
 from jaxspec.models import layers
 from jaxspec.models.transformer import (
@@ -254,67 +253,6 @@ def fingerprint(model: Transformer) -> str:
   return found.hexdigest()[:32]
 
 
-# Which paths are worth a node.
-
-
-def measure(model: Transformer, heads: MedusaHeads, tokens: Int[Any, "R T"],
-            length: Int[Any, "R"], *, ranks: int = 10, chunk: int = 512
-            ) -> Float[np.ndarray, "heads ranks"]:
-  """How often the choice of each rank of each head is right.
-
-  Args:
-    tokens: texts of the kind that will be decoded, padded.
-    length: tokens of each.
-
-  Returns:
-    Shares of all positions that have a token to compare with; what
-    `tree.best_choices` builds a tree from.
-  """
-  tokens, length = np.asarray(tokens, np.int32), np.asarray(length, np.int32)
-  spare = -tokens.shape[1] % chunk if tokens.shape[1] > chunk else 0
-  tokens = np.pad(tokens, ((0, 0), (0, spare)))
-  prefix = loop.prefill(model, (model.depth,), tokens, length, chunk=chunk,
-                        dtype=_dtype(model))
-  right, asked = _ranks(model, heads, prefix.features[0], tokens, length,
-                        ranks=ranks)
-  return np.asarray(right) / np.maximum(asked, 1)[:, None]
-
-
-@jax.jit(static_argnames="ranks")
-def _ranks(model, heads, x, tokens, length, *, ranks):
-  """Of each head: positions right at each rank, and positions in all."""
-  at = jnp.arange(tokens.shape[1])
-  found = []
-  for head in range(heads.count):
-    ahead = at + 2 + head
-    wanted = jnp.take(tokens, ahead, axis=1, mode="clip")
-    known = ahead[None] < length[:, None]
-    column, sayable = wanted, known
-    if heads.tokens is not None:
-      column = jnp.searchsorted(heads.tokens, wanted)
-      column = jnp.minimum(column, len(heads.tokens) - 1)
-      sayable = known & (heads.tokens[column] == wanted)
-
-    def row(row, head=head):
-      x, column = row
-      # Some positions at a time: their logits would be large.
-      def some(part):
-        x, column = part
-        logits = heads.logits(model, heads(x[None])[:, :, head])[0]
-        true = jnp.take_along_axis(logits, column[:, None], axis=1)
-        earlier = jnp.arange(logits.shape[1])[None] < column[:, None]
-        return jnp.sum((logits > true) | ((logits == true) & earlier), axis=1)
-      step = math.gcd(len(x), 128)
-      parts = (x.reshape(-1, step, x.shape[1]), column.reshape(-1, step))
-      return lax.map(some, parts).reshape(-1)
-
-    rank = lax.map(row, (x, column))
-    hits = sayable[..., None] & (rank[..., None] == jnp.arange(ranks)[None,
-                                                                      None])
-    found.append((jnp.sum(hits, axis=(0, 1)), jnp.sum(known)))
-  return tuple(map(jnp.stack, zip(*found)))
-
-
 # Folders.
 
 
@@ -324,7 +262,7 @@ class Stored:
 
   Attributes:
     choices: the tree it comes with, best node first; empty for none.
-    accuracy: what `measure` found; None where nothing was measured.
+    accuracy: what `medusa.measure` found; None where nothing was measured.
   """
 
   heads: Heads
@@ -540,4 +478,4 @@ def _put(model: Transformer) -> Callable[..., jax.Array]:
 
 
 __all__ = ["EagleHead", "Heads", "MedusaHeads", "Stored", "default_taps",
-           "fingerprint", "load", "measure", "save"]
+           "fingerprint", "load", "save"]

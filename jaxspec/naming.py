@@ -12,6 +12,11 @@ from typing import Any
 from jaxspec.errors import InputError, nearest
 
 
+def camel_case(name: str) -> str:
+  """The class a file is named after: `PromptLookup` of `prompt_lookup`."""
+  return "".join(map(str.capitalize, name.split("_")))
+
+
 def choose(kind: str, text: str, names: Collection[str]) -> tuple[str, str]:
   """Splits the text of a flag at its colon.
 

@@ -64,9 +64,3 @@ class Meter:
     if taken:
       self._seconds[width].append(seconds / taken)
     return state
-
-
-def by_hand(sizes: Sequence[int], costs: Sequence[float]) -> str:
-  """The costs as an option of the adaptive drafter, to be used again."""
-  cells = ";".join(f"{c / costs[0]:.3f}" for c in costs)
-  return f"sizes=[{';'.join(map(str, sizes))}],costs=[{cells}]"

@@ -168,7 +168,7 @@ def commit(state: DecodeState, proposal: Proposal, scores: Scores,
   logprobs = write(state.logprobs, verdict.logprobs, seq.length, kept)
   verdict = verdict.replace(kept=kept, next_token=jnp.take_along_axis(
       said, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0])
-  counters = count(state.counters, proposal, verdict)
+  counters = count(state.counters, proposal, verdict, state.done)
   emission = Emission(seq.length, said, kept, settled=True)
   seq = Sequences(write(seq.tokens, said, seq.length, kept),
                   seq.prompt_length, seq.length + kept, cache)
@@ -202,9 +202,13 @@ def finish(request: Request, length: Int[Array, "B"],
   return kept, stopped | (length + kept >= request.limit)
 
 
-def count(counters: Counters, proposal: Proposal,
-          verdict: Verdict) -> Counters:
-  """Adds one step to the counters of the rows that took part."""
+def count(counters: Counters, proposal: Proposal, verdict: Verdict,
+          done: Bool[Array, "B"]) -> Counters:
+  """Adds one step to the counters of the rows that took part.
+
+  Args:
+    done: rows that were finished before it.
+  """
   kept = verdict.kept
   took_part = kept > 0
   depth = jnp.arange(1, counters.drafted.shape[1] + 1)[None]
@@ -212,13 +216,10 @@ def count(counters: Counters, proposal: Proposal,
   nodes = jnp.sum(
       drafted[..., None] & (proposal.depths[..., None] == depth[None]),
       axis=1, dtype=jnp.int32)                                   # [B P-1]
-  taken = jnp.arange(1, verdict.path.shape[1])[None] < kept[:, None]
-  node = jnp.arange(counters.used.shape[1])[None, None]
-  used = jnp.sum(taken[..., None] & (verdict.path[:, 1:, None] == node),
-                 axis=1, dtype=jnp.int32)
+  used = verdict.walked(counters.used.shape[1]).at[:, 0].set(False)
   scored = proposal.tree.size
   if proposal.sizes:
-    scored = jnp.asarray(proposal.sizes)[width(proposal, ~took_part)]
+    scored = jnp.asarray(proposal.sizes)[width(proposal, done)]
   return Counters(
       counters.passes + took_part,
       counters.nodes + jnp.sum(nodes, axis=1) * took_part,

@@ -21,6 +21,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+# Nodes of a tree, each by the ranks taken on the way to it.
+Choices = tuple[tuple[int, ...], ...]
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +243,7 @@ def from_paths(choices: Sequence[Sequence[int]]) -> Tree:
   return in_order(sorted(closed(choices), key=lambda c: (len(c), c)))
 
 
-def closed(choices: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+def closed(choices: Sequence[Sequence[int]]) -> Choices:
   """Each choice once, in order, with its missing ancestors before it."""
   return tuple(dict.fromkeys(
       tuple(c[:i + 1]) for c in choices for i in range(len(c))))
@@ -248,13 +251,17 @@ def closed(choices: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
 
 def in_order(choices: Sequence[Sequence[int]]) -> Tree:
   """As `from_paths`, but nodes stand in the order they are named in."""
-  named = closed(choices)
+  return _in_order(closed(choices))
+
+
+@functools.lru_cache
+def _in_order(named: Choices) -> Tree:
   index = {choice: i for i, choice in enumerate(itertools.chain([()], named))}
   return Tree((-1, *(index[choice[:-1]] for choice in named)))
 
 
 def best_choices(accuracy: Float[np.ndarray, "heads K"], nodes: int
-                 ) -> tuple[tuple[int, ...], ...]:
+                 ) -> Choices:
   """The choices that are likeliest to be right, best first (arXiv:2401.10774).
 
   Takes node after node, each time the one whose path is likeliest of all that

@@ -65,7 +65,7 @@ def matmul(x: Float[Array, "*batch D"], weight: QArray) -> Float[Array, "..."]:
 
   rows, row_scale = _round(x.reshape(-1, x.shape[-1]))
   if len(rows) == 1:
-    # XLA:CPU has no kernel for one row: two are ten times as fast.
+    # XLA:CPU has no kernel for one row; for two it has a fast one.
     y = lax.platform_dependent(
         rows, cpu=lambda x: dot(jnp.concatenate([x, x]))[:1], default=dot)
   else:

@@ -103,7 +103,7 @@ def test_every_drafter_is_in_the_table():
   assert sorted(found) == drafters.names()
   for name, options in found.items():
     kind = getattr(importlib.import_module(f"jaxspec.drafters.{name}"),
-                   "".join(map(str.capitalize, name.split("_"))))
+                   naming.camel_case(name))
     known = (inspect.signature(kind.build).parameters
              if hasattr(kind, "build") else kind.__dataclass_fields__)
     naming.options(name, options, [*known])

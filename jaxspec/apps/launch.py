@@ -153,7 +153,10 @@ def define_generator_flags(values: flags.FlagValues) -> None:
     flag_values=values,
   )
   flags.DEFINE_string(
-    "cache", "contiguous", "a file of jaxspec/caches", flag_values=values
+    "cache",
+    "contiguous",
+    "a file of jaxspec/caches, with options as in paged:page=64,pages=100",
+    flag_values=values,
   )
   flags.DEFINE(
     _Pairs(int, "data=1,tensor=2"),

@@ -26,8 +26,7 @@ def kinds() -> dict[str, Any]:
   found = {}
   for name in sorted(m.name for m in pkgutil.iter_modules(__path__)):
     module = importlib.import_module(f"{__name__}.{name}")
-    title = "".join(map(str.capitalize, name.split("_")))
-    kind = getattr(module, f"{title}Cache", None)
+    kind = getattr(module, f"{naming.camel_case(name)}Cache", None)
     if kind is not None:
       found[name] = kind
   return found

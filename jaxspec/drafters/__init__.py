@@ -28,14 +28,14 @@ class Target:
     load: reads another checkpoint, given as `Generator.load` takes it, onto
       the same mesh in the same dtype; gives the model and its tokenizer.
     honest: whether the verifier wants to know what drafts were drawn from.
-    rows: of the batch.
+    cache_dtype: of the target's keys and values.
   """
 
   model: Any
   tokenizer: Any = None
   load: Callable[[str], tuple[Any, Any]] | None = None
   honest: bool = False
-  rows: int = 1
+  cache_dtype: str = "float32"
 
 
 def names() -> list[str]:
@@ -56,7 +56,7 @@ def parse(text: str, target: Target | None = None) -> Any:
   """
   name, options = naming.choose("drafter", text, names())
   module = importlib.import_module(f"{__name__}.{name}")
-  kind = getattr(module, "".join(map(str.capitalize, name.split("_"))))
+  kind = getattr(module, naming.camel_case(name))
   owner = f"drafter {name}"
   if not hasattr(kind, "build"):
     return kind(**naming.options(owner, options, kind.__dataclass_fields__))

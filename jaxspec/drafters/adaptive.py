@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec.acceptance import Acceptance, along, outcome
 from jaxspec.base import Drafter
+from jaxspec.drafters import parse
 from jaxspec.errors import InputError
 
 # After so many steps in which nothing paid, the smallest draft is tried.
@@ -96,7 +97,6 @@ class Adaptive(Drafter):
   @classmethod
   def build(cls, target, drafter="prompt_lookup", sizes="", costs=""):
     """See `drafters.parse`; `sizes` and `costs` as in `[1;2;4;9]`."""
-    from jaxspec.drafters import parse
     def numbers(name, text, kind):
       try:
         return tuple(map(kind, str(text).split(";"))) if text else None
@@ -167,12 +167,11 @@ class Adaptive(Drafter):
 
   def observe(self, model, seq, state, proposal, scores, verdict):
     judged, right = outcome(proposal, verdict)
-    kinds = _kinds(proposal)
     return state.replace(
         inner=self.drafter.observe(model, seq, state.inner, proposal, scores,
                                    verdict),
-        acceptance=state.acceptance.judge(kinds, proposal.depths, judged,
-                                          right),
+        acceptance=state.acceptance.judge(
+            proposal.kind, proposal.depths, judged, right),
         running=verdict.kept > 0)
 
   def _asleep(self, state):
@@ -192,7 +191,7 @@ class Adaptive(Drafter):
     chances = proposal.chances
     if chances is None:
       chances = along(proposal, state.acceptance.of(
-          _kinds(proposal), proposal.depths))
+          proposal.kind, proposal.depths))
     chances = jnp.where(proposal.alive & (proposal.depths > 0), chances, 0.0)
     total = jnp.cumsum(chances, axis=1)
     return 1 + total[:, jnp.asarray(self.sizes) - 1]
@@ -205,9 +204,3 @@ class Adaptive(Drafter):
     probe = (best == 0) & (state.declined >= _PROBE)
     best = jnp.where(probe, min(1, len(self.sizes) - 1), best)
     return jnp.where(self.forced >= 0, self.forced, best).astype(jnp.int32)
-
-
-def _kinds(proposal):
-  if proposal.kinds is None:
-    return jnp.zeros_like(proposal.tokens)
-  return proposal.kinds

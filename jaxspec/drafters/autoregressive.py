@@ -11,8 +11,7 @@ from jaxspec.tree import root
 class Autoregressive(Drafter):
   """Proposes the root alone, so that each pass yields one token."""
 
-  height = 0
-  size = 1
+  tree = root()
 
   def propose(self, model, seq, request, state):
-    return Proposal(seq.tail(), root()), state
+    return Proposal(seq.tail(), self.tree), state

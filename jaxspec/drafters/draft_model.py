@@ -23,7 +23,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxspec import loop, sampling, stages
+from jaxspec import loop, naming, sampling, stages
 from jaxspec.base import (
   Counters,
   DecodeState,
@@ -41,7 +41,7 @@ from jaxspec.tree import chain
 from jaxspec.verifiers.exact import exact
 
 # Known tokens read in one pass. A pass has at least two to read whenever all
-# of the last proposal was accepted; four cost a CPU no more.
+# of the last proposal was accepted, and more after a pause.
 _WIDTH = 4
 _CHUNK = 512                     # of a prompt, as everywhere
 _OWN_NOISE = 0x0D4AF7
@@ -73,7 +73,7 @@ class DraftModel(Drafter):
   drafter: Any
   length: int = struct.field(pytree_node=False, default=4)
   honest: bool = struct.field(pytree_node=False, default=False)
-  cache_dtype: Any = struct.field(pytree_node=False, default="float32")
+  cache_dtype: str = struct.field(pytree_node=False, default="float32")
 
   @classmethod
   def build(cls, target: Target, model: Any = "self:int8", length: Any = 4,
@@ -94,10 +94,7 @@ class DraftModel(Drafter):
     Raises:
       InputError: names the option that does not fit.
     """
-    if isinstance(length, bool) or not isinstance(length, int) or (
-        not 1 <= length <= 64):
-      raise InputError("draft_model: length must be an integer in [1, 64], "
-                       f"got {length!r}")
+    naming.whole("draft_model", "length", length, 1, 64)
     name = str(model)
     if name == "self" or name.startswith("self:"):
       if vocab_map:
@@ -115,21 +112,13 @@ class DraftModel(Drafter):
       raise InputError(f"draft_model: this verifier must know what drafts were "
                        f"drawn from, which drafter={drafter} hides; leave it "
                        "out")
-    weight = target.model.embedding[...]
-    on_cpu = isinstance(weight, jax.Array) and any(
-        device.platform == "cpu" for device in weight.devices())
-    return cls(made, inner, length, target.honest,
-               "float32" if on_cpu else weight.dtype.name)
+    return cls(made, inner, length, target.honest, target.cache_dtype)
 
   costly = True
 
   @property
-  def height(self):
-    return self.length
-
-  @property
-  def size(self):
-    return self.length + 1
+  def tree(self):
+    return chain(self.length)
 
   def init(self, model, rows, capacity):
     cache = self.model.init_cache(ContiguousCache, rows, capacity,
@@ -183,7 +172,7 @@ class DraftModel(Drafter):
     tokens = jnp.take_along_axis(text.tokens, jnp.clip(at, 0, room - 1),
                                  axis=1)
     live = jnp.where(idle, 1, text.length - known + 1)
-    return (Proposal(tokens, chain(self.length), live=live, probs=laws),
+    return (Proposal(tokens, self.tree, live=live, probs=laws),
             Nested(text.tokens, text.cache, nested.draft))
 
   def _catch_up(self, nested: DecodeState, known: Int[Array, "B"]

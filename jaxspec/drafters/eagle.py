@@ -9,7 +9,6 @@ draft. Behind it, the layer's output takes the place of the feature; nothing of
 that outlives the step.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -20,14 +19,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec import heads as heads_lib
+from jaxspec import naming
 from jaxspec.base import Drafter, Model, Prefix, Proposal, Sequences
 from jaxspec.caches import Cache, Fresh, Place
 from jaxspec.caches.contiguous import ContiguousCache
 from jaxspec.errors import InputError, nearest
 from jaxspec.heads import EagleHead
-from jaxspec.tree import GrownTree, Tree, in_order
-
-Choices = tuple[tuple[int, ...], ...]
+from jaxspec.tree import Choices, GrownTree, in_order
 
 # The static tree published with the first EAGLE (github.com/SafeAILab/EAGLE):
 # the ranks taken on the way to each node, a digit a depth.
@@ -64,6 +62,7 @@ class Eagle(Drafter):
     width: beams that are followed in each round, and children of each.
     choices: the ranks taken on the way to each node of a given tree, parents
       first; None to grow one.
+    cache_dtype: of the layer's keys and values.
   """
 
   head: EagleHead
@@ -72,6 +71,7 @@ class Eagle(Drafter):
   depth: int = struct.field(pytree_node=False, default=7)
   width: int = struct.field(pytree_node=False, default=10)
   choices: Choices | None = struct.field(pytree_node=False, default=None)
+  cache_dtype: str = struct.field(pytree_node=False, default="float32")
 
   @classmethod
   def build(cls, target: Any, heads: Any = "", tree: Any = "dynamic",
@@ -91,10 +91,8 @@ class Eagle(Drafter):
     if tree not in _TREES:
       raise InputError(f"eagle: tree {tree!r} is unknown; there are "
                        f"{', '.join(_TREES)}.{nearest(str(tree), _TREES)}")
-    for name, value, high in (("depth", depth, 32), ("width", width, 64)):
-      if type(value) is not int or not 1 <= value <= high:
-        raise InputError(f"eagle: {name} must be an integer in [1, {high}], "
-                         f"got {value!r}")
+    naming.whole("eagle", "depth", depth, 1, 32)
+    naming.whole("eagle", "width", width, 1, 64)
     most = 1 + width + (depth - 1) * width**2
     if type(nodes) is not int or nodes < 2:
       raise InputError("eagle: nodes must be an integer of at least 2, got "
@@ -109,19 +107,25 @@ class Eagle(Drafter):
                "chain": tuple((0,) * d for d in range(1, depth + 1))}[tree]
     words = (target.model.vocab if head.tokens is None
              else len(head.tokens[...]))
-    made = cls(head, head.taps, nodes, depth, width, choices)
+    made = cls(head, head.taps, nodes, depth, width, choices,
+               target.cache_dtype)
     if len(made.priors) > words:
       raise InputError(f"eagle: the tree is {len(made.priors)} wide and the "
                        f"head knows {words} tokens; ask for less width")
     return made
 
   @property
+  def _given(self):
+    """The tree, where it is given."""
+    return in_order(self.choices)
+
+  @property
   def height(self):
-    return self.depth if self.choices is None else _tree(self.choices).height
+    return self.depth if self.choices is None else self._given.height
 
   @property
   def size(self):
-    return self.nodes if self.choices is None else _tree(self.choices).size
+    return self.nodes if self.choices is None else self._given.size
 
   @property
   def priors(self):
@@ -133,7 +137,7 @@ class Eagle(Drafter):
     x = jax.eval_shape(model.embed, jnp.zeros((rows, 1), jnp.int32))
     return EagleState(
         self.head.init_cache(ContiguousCache, rows, capacity,
-                             _cache_dtype(x.dtype)),
+                             jnp.dtype(self.cache_dtype)),
         jnp.zeros((rows, self.height + 1, x.shape[-1]), x.dtype),
         jnp.zeros(rows, jnp.int32))
 
@@ -154,6 +158,10 @@ class Eagle(Drafter):
     return draft(model, seq, state.cache, x), state
 
   def observe(self, model, seq, state, proposal, scores, verdict):
+    # What an earlier step left waits still where nothing was asked for since.
+    state = lax.cond(jnp.any(state.count > 0),
+                     lambda: self._catch_up(model, seq, state)[0],
+                     lambda: state)
     path = verdict.path[..., None]
     features = self.head.fuse([jnp.take_along_axis(x, path, axis=1)
                                for x in scores.features[:-1]])
@@ -238,7 +246,7 @@ class Eagle(Drafter):
             x: Float[Array, "B 1 D"]) -> Proposal:
     """The given tree, depth by depth."""
     assert self.choices is not None
-    tree = _tree(self.choices)
+    tree = self._given
     rank = np.array([0, *(c[-1] for c in self.choices)], np.int32)
     # Nodes with children, and where their fresh keys are.
     inner = sorted(set(tree.parents[1:]), key=lambda n: (tree.depths[n], n))
@@ -333,13 +341,3 @@ class Eagle(Drafter):
     kinds = jnp.maximum(chosen - 1, 0) % self.width
     return Proposal(jnp.take_along_axis(tokens, chosen, axis=1),
                     GrownTree(parent, self.depth), kinds=kinds)
-
-
-@functools.lru_cache
-def _tree(choices: Choices) -> Tree:
-  return in_order(choices)
-
-
-def _cache_dtype(dtype: Any) -> Any:
-  # XLA:CPU converts a whole bfloat16 cache to write a row.
-  return jnp.float32 if jax.default_backend() == "cpu" else dtype

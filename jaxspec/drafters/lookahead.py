@@ -66,14 +66,6 @@ class Lookahead(Drafter):
       naming.whole("lookahead", name, getattr(self, name), low, high)
 
   @property
-  def height(self):
-    return self.tree.height
-
-  @property
-  def size(self):
-    return self.tree.size
-
-  @property
   def tree(self) -> Tree:
     return window_and_guesses(self.window, self.levels, self.guesses)
 

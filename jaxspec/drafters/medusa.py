@@ -6,21 +6,22 @@ head k that looked at the position before it predicts what comes k + 1 tokens
 behind the root, so that nodes of depth d are choices of head d - 1.
 """
 
-import functools
+import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 from jaxtyping import Float, Int
 
 from jaxspec import heads as heads_lib
+from jaxspec import loop
 from jaxspec.base import Drafter, Proposal
 from jaxspec.errors import InputError, nearest
 from jaxspec.heads import MedusaHeads
-from jaxspec.tree import Tree, best_choices, closed, in_order
-
-Choices = tuple[tuple[int, ...], ...]
+from jaxspec.tree import Choices, Tree, best_choices, closed, in_order
 
 # Trees published with Medusa's heads (github.com/FasterDecoding/Medusa), best
 # node first: the ranks taken on the way to each, a digit a depth. The first is
@@ -86,15 +87,7 @@ class Medusa(Drafter):
 
   @property
   def tree(self) -> Tree:
-    return _tree(self.choices)
-
-  @property
-  def height(self):
-    return self.tree.height
-
-  @property
-  def size(self):
-    return self.tree.size
+    return in_order(self.choices)
 
   @property
   def _ranks(self) -> int:
@@ -122,14 +115,67 @@ class Medusa(Drafter):
     return jnp.where((verdict.kept > 0)[:, None, None], said, state)
 
 
-@functools.lru_cache
-def _tree(choices: Choices) -> Tree:
-  return in_order(choices)
-
-
 def published(name: str) -> Choices:
   """The choices of one of `TREES`."""
   return tuple(tuple(map(int, word)) for word in TREES[name].split())
+
+
+def measure(model: Any, heads: MedusaHeads, tokens: Int[Any, "R T"],
+            length: Int[Any, "R"], *, ranks: int = 10, chunk: int = 512
+            ) -> Float[np.ndarray, "heads ranks"]:
+  """How often the choice of each rank of each head is right.
+
+  Args:
+    tokens: texts of the kind that will be decoded, padded.
+    length: tokens of each.
+
+  Returns:
+    Shares of all positions that have a token to compare with; what
+    `tree.best_choices` builds a tree from.
+  """
+  tokens, length = np.asarray(tokens, np.int32), np.asarray(length, np.int32)
+  spare = -tokens.shape[1] % chunk if tokens.shape[1] > chunk else 0
+  tokens = np.pad(tokens, ((0, 0), (0, spare)))
+  prefix = loop.prefill(model, (model.depth,), tokens, length, chunk=chunk,
+                        dtype=model.embedding[...].dtype)
+  right, asked = _ranks(model, heads, prefix.features[0], tokens, length,
+                        ranks=ranks)
+  return np.asarray(right) / np.maximum(asked, 1)[:, None]
+
+
+@jax.jit(static_argnames="ranks")
+def _ranks(model, heads, x, tokens, length, *, ranks):
+  """Of each head: positions right at each rank, and positions in all."""
+  at = jnp.arange(tokens.shape[1])
+  found = []
+  for head in range(heads.count):
+    ahead = at + 2 + head
+    wanted = jnp.take(tokens, ahead, axis=1, mode="clip")
+    known = ahead[None] < length[:, None]
+    column, sayable = wanted, known
+    if heads.tokens is not None:
+      column = jnp.searchsorted(heads.tokens, wanted)
+      column = jnp.minimum(column, len(heads.tokens) - 1)
+      sayable = known & (heads.tokens[column] == wanted)
+
+    def row(row, head=head):
+      x, column = row
+      # Some positions at a time: their logits would be large.
+      def some(part):
+        x, column = part
+        logits = heads.logits(model, heads(x[None])[:, :, head])[0]
+        true = jnp.take_along_axis(logits, column[:, None], axis=1)
+        earlier = jnp.arange(logits.shape[1])[None] < column[:, None]
+        return jnp.sum((logits > true) | ((logits == true) & earlier), axis=1)
+      step = math.gcd(len(x), 128)
+      parts = (x.reshape(-1, step, x.shape[1]), column.reshape(-1, step))
+      return lax.map(some, parts).reshape(-1)
+
+    rank = lax.map(row, (x, column))
+    hits = sayable[..., None] & (rank[..., None] == jnp.arange(ranks)[None,
+                                                                      None])
+    found.append((jnp.sum(hits, axis=(0, 1)), jnp.sum(known)))
+  return tuple(map(jnp.stack, zip(*found)))
 
 
 def _choose(name: str, stored: heads_lib.Stored, heads: int, nodes: int

@@ -63,12 +63,8 @@ class Ngram(Drafter):
                int(about["orders"]), length)
 
   @property
-  def height(self):
-    return self.length
-
-  @property
-  def size(self):
-    return self.length + 1
+  def tree(self):
+    return chain(self.length)
 
   @property
   def priors(self):
@@ -88,7 +84,7 @@ class Ngram(Drafter):
       alive.append(alive[-1] & (order > 0))
     tokens = text[:, self.orders - 1:]
     return Proposal(
-        jnp.maximum(tokens, 0), chain(self.length),
+        jnp.maximum(tokens, 0), self.tree,
         live=sum(x.astype(jnp.int32) for x in alive),
         kinds=jnp.stack(kinds, axis=1)), state
 

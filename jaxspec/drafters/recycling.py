@@ -8,7 +8,6 @@ stood before it, and belongs to a row.
 """
 
 import functools
-import heapq
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ from jaxtyping import Int
 
 from jaxspec import naming, sharding
 from jaxspec.base import Drafter, Proposal
-from jaxspec.tree import Tree, prune
+from jaxspec.tree import Tree, best_choices, in_order, prune
 
 
 @struct.dataclass
@@ -40,20 +39,15 @@ class Recycling(Drafter):
       naming.whole("recycling", name, getattr(self, name), low, high)
 
   @property
-  def height(self):
-    return self.tree[0].height
-
-  @property
-  def size(self):
-    return self.tree[0].size
-
-  @property
   def priors(self):
     return chances(self.ranks)
 
   @property
-  def tree(self) -> tuple[Tree, Int[np.ndarray, "N"]]:
-    """The likeliest nodes, and the rank of each among its siblings."""
+  def tree(self) -> Tree:
+    return self._nodes[0]
+
+  @property
+  def _nodes(self) -> tuple[Tree, Int[np.ndarray, "N"]]:
     return likeliest(self.nodes, self.ranks, self.depth)
 
   def init(self, model, rows, capacity):
@@ -71,7 +65,7 @@ class Recycling(Drafter):
     return state.at[rows].set(table, mode="drop")
 
   def propose(self, model, seq, request, state):
-    tree, ranks = self.tree
+    tree, ranks = self._nodes
     rows = jnp.arange(len(state))[:, None]
     tokens = jnp.full((len(state), tree.size), -1, jnp.int32)
     tokens = tokens.at[:, :1].set(seq.tail())
@@ -91,10 +85,7 @@ class Recycling(Drafter):
   def observe(self, model, seq, state, proposal, scores, verdict):
     tokens, size = proposal.tokens, proposal.tree.size
     rows = jnp.arange(len(state))[:, None]
-    step = jnp.arange(verdict.path.shape[1])[None]
-    taken = jnp.zeros(tokens.shape, bool).at[
-        rows, jnp.where(step < verdict.kept[:, None], verdict.path, size)
-        ].set(True, mode="drop")
+    taken = verdict.walked(size)
     # Of nodes that say the same, one that was accepted is heard first, for it
     # is the text; then the later, which on a path is the deeper.
     say = jnp.where(proposal.alive & (verdict.kept > 0)[:, None],
@@ -118,13 +109,6 @@ def chances(ranks: int) -> tuple[float, ...]:
 def likeliest(nodes: int, ranks: int, depth: int
               ) -> tuple[Tree, Int[np.ndarray, "N"]]:
   """The tree of the likeliest paths, best first, and each node's rank."""
-  waiting, chosen = [(-1.0, ())], []
-  while waiting and len(chosen) < nodes:
-    merit, path = heapq.heappop(waiting)
-    chosen.append(path)
-    if len(path) < depth:
-      for rank, chance in enumerate(chances(ranks)):
-        heapq.heappush(waiting, (merit * chance, (*path, rank)))
-  place = {path: node for node, path in enumerate(chosen)}
-  return (Tree((-1, *(place[path[:-1]] for path in chosen[1:]))),
-          np.array([0, *(path[-1] for path in chosen[1:])], np.int32))
+  chosen = best_choices(np.array([chances(ranks)] * depth), nodes - 1)
+  return (in_order(chosen),
+          np.array([0, *(choice[-1] for choice in chosen)], np.int32))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 from jaxspec import naming
 from jaxspec.acceptance import Acceptance, outcome
 from jaxspec.base import Drafter, Proposal
+from jaxspec.drafters import parse
 from jaxspec.errors import InputError
 from jaxspec.tree import grow
 
@@ -43,7 +44,6 @@ class Union(Drafter):
   @classmethod
   def build(cls, target, drafters="prompt_lookup;recycling", nodes=16):
     """See `drafters.parse`; `drafters` are texts for it."""
-    from jaxspec.drafters import parse
     parts = tuple(parse(part, target)
                   for part in naming.split(str(drafters), ";"))
     for part in parts:
@@ -110,11 +110,10 @@ class Union(Drafter):
     for part, own in zip(self.drafters, state.inner):
       made, own = part.propose(model, seq, request, own)
       inner.append(own)
-      kinds = jnp.zeros_like(made.tokens) if made.kinds is None else made.kinds
       # Behind the one root come the nodes of one drafter after another.
       parents = jnp.where(made.parents > 0, made.parents + first, 0)
       columns.append([x[:, 1:] for x in (
-          made.tokens, parents, kinds + kind, made.depths, made.alive)])
+          made.tokens, parents, made.kind + kind, made.depths, made.alive)])
       first += part.size - 1
       kind += len(part.priors)
     tokens, parents, kinds, depths, alive = (

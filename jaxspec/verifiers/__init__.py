@@ -31,7 +31,7 @@ def parse(text: str) -> Any:
   """
   name, options = naming.choose("verifier", text, names())
   module = importlib.import_module(f"{__name__}.{name}")
-  kind = getattr(module, "".join(map(str.capitalize, name.split("_"))), None)
+  kind = getattr(module, naming.camel_case(name), None)
   fields = [] if kind is None else [f.name for f in dataclasses.fields(kind)]
   values = naming.options(f"verifier {name}", options, fields)
   return getattr(module, name) if kind is None else kind(**values)

@@ -219,14 +219,6 @@ class Scripted(Drafter):
   garbage: int = struct.field(pytree_node=False, default=-1)
   taps: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
-  @property
-  def height(self) -> int:
-    return self.tree.height
-
-  @property
-  def size(self) -> int:
-    return self.tree.size
-
   def propose(self, model, seq, request, state):
     rows, size = seq.tokens.shape[0], self.tree.size
     ahead = (seq.length - seq.prompt_length)[:, None]

@@ -142,14 +142,6 @@ class Bigram(Drafter):
   honest: bool = struct.field(pytree_node=False, default=False)
   replacement: bool = struct.field(pytree_node=False, default=False)
 
-  @property
-  def height(self):
-    return self.tree.height
-
-  @property
-  def size(self):
-    return self.tree.size
-
   def propose(self, model, seq, request, state):
     tokens = [seq.tail()[:, 0]]
     for node, parent in enumerate(self.tree.parents[1:], start=1):

@@ -68,8 +68,3 @@ def test_work_that_ends_is_no_measurement(work):
   job.limit = 10**6
   measure(meter, job, state=3)
   np.testing.assert_allclose(meter.costs, [2, 3])
-
-
-def test_costs_can_be_given_by_hand():
-  assert pacing.by_hand((1, 2, 9), (0.02, 0.022, 0.03)) == (
-      "sizes=[1;2;9],costs=[1.000;1.100;1.500]")

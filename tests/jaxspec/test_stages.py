@@ -249,7 +249,7 @@ def test_counters_count_live_nodes_and_depths():
   zero = stages.Counters.zeros(4, 3, 5)
   path = jnp.array([[0, 2, 4], [0, 1, 0], [0, 0, 0], [0, 1, 3]], jnp.int32)
   kept = jnp.array([3, 2, 1, 0], jnp.int32)
-  got = stages.count(zero, proposal, Verdict(path, kept, kept))
+  got = stages.count(zero, proposal, Verdict(path, kept, kept), kept == 0)
   assert got.passes.tolist() == [1, 1, 1, 0]          # the last is finished
   assert got.nodes.tolist() == [4, 1, 0, 0]
   assert got.drafted.tolist() == [[1, 1, 0], [1, 0, 0], [0] * 3, [0] * 3]
@@ -257,3 +257,15 @@ def test_counters_count_live_nodes_and_depths():
   assert got.used.tolist() == [[0, 0, 1, 0, 1], [0, 1, 0, 0, 0], [0] * 5,
                                [0] * 5]
   assert got.scored.tolist() == [5, 5, 5, 0]
+
+
+def test_a_row_without_room_made_the_pass_as_wide_as_it_was():
+  """It got no token, but the model has seen its nodes."""
+  proposal = Proposal(jnp.zeros((2, 4), jnp.int32), chain(3), sizes=(1, 2, 4),
+                      live=jnp.array([2, 4], jnp.int32))
+  path = jnp.array([[0, 1, 0, 0], [0, 0, 0, 0]], jnp.int32)
+  kept = jnp.array([2, 0], jnp.int32)
+  for done, scored in ([False, False], [4, 0]), ([False, True], [2, 0]):
+    got = stages.count(stages.Counters.zeros(2, 3, 4), proposal,
+                       Verdict(path, kept, kept), jnp.array(done))
+    assert got.scored.tolist() == scored

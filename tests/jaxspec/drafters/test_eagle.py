@@ -14,13 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from jaxspec import drafters, heads, loop
+from jaxspec.base import Drafter, Proposal
 from jaxspec.caches import Place
 from jaxspec.caches.contiguous import ContiguousCache
 from jaxspec.drafters.eagle import Eagle
 from jaxspec.errors import InputError
 from jaxspec.heads import EagleHead
+from jaxspec.tree import in_order
 from tests.jaxspec import batches, cycles
 from tests.jaxspec.batches import GREEDY
 
@@ -104,6 +107,43 @@ def test_cache_is_that_of_a_fresh_pass(small, recites, tree):
   _check_cache(model, head, state)
   if recites:                          # else it is all accepted or all not
     assert {1, 2, 3, 4} & kept and len(kept) > 1, kept
+
+
+def test_nothing_is_lost_while_nothing_is_asked_for():
+  """What was committed in steps without a proposal is read later."""
+  model, head = cycles.model(), knows_some()
+  drafter = drafter_of(head, CHAIN)
+  state = batches.begin(model, drafter, PROMPTS, GREEDY)
+  mute = Mute(drafter)
+  for asleep in (True, False, True, True, False):
+    state = batches.finish(model, mute if asleep else drafter, state, steps=1)
+    _check_cache(model, head, state)
+  assert state.counters.passes.tolist() == [5] * 3
+  assert batches.accepted(state) > 0
+
+
+@struct.dataclass
+class Mute(Drafter):
+  """Hears everything for another drafter and never asks it."""
+
+  drafter: Eagle
+
+  @property
+  def taps(self):
+    return self.drafter.taps
+
+  @property
+  def tree(self):
+    return in_order(CHAIN)
+
+  def propose(self, model, seq, request, state):
+    tokens = jnp.zeros((len(seq.length), self.size), jnp.int32)
+    live = jnp.ones_like(seq.length)
+    return Proposal(tokens.at[:, :1].set(seq.tail()), self.tree,
+                    live=live), state
+
+  def observe(self, *seen):
+    return self.drafter.observe(*seen)
 
 
 def _check_cache(model, head, state):

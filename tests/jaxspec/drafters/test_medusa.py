@@ -5,7 +5,7 @@ Held here: heads made by hand for a model that recites a cycle are always
 accepted, and heads that look one place too far or too short never; what is
 drafted is what the heads say of the last committed feature, whatever was
 accepted on the way; untrained heads say what the model says; the published
-trees have their published shapes.
+trees have their published shapes; accuracy is that of a plain count.
 """
 
 import dataclasses
@@ -157,3 +157,36 @@ def test_which_tree_is_taken(small, tmp_path):
     drafters.parse("medusa", drafters.Target(small))
   with pytest.raises(InputError, match="told what it drafts for"):
     drafters.parse("medusa:heads=x")
+
+
+@pytest.mark.parametrize("tokens", [None, [3, 8, *range(20, 60)]])
+def test_accuracy_is_a_plain_count(small, tokens):
+  made = heads.MedusaHeads.init(small, heads=2, tokens=tokens)
+  noise = np.random.default_rng(0).standard_normal(made.up.shape) * 0.3
+  made = made.replace(up=jnp.asarray(noise, jnp.float32))
+  texts = [p * 2 for p in batches.prompts(3)] + [[5], [5, 6]]
+  padded, lengths = batches.padded(texts)
+  found = medusa.measure(small, made, padded, lengths, ranks=6, chunk=16)
+  prefix = loop.prefill(small, (small.depth,), padded, lengths, chunk=512,
+                        dtype=jnp.dtype("float32"))
+  said = np.stack([made.choose(small, x, 6) for x in prefix.features[0]])
+  right, asked = np.zeros((2, 6)), np.zeros((2, 1))
+  for row, text in enumerate(texts):
+    for at in range(len(text)):
+      for head in range(2):
+        if at + 2 + head < len(text):
+          asked[head] += 1
+          right[head] += said[row, at, head] == text[at + 2 + head]
+  np.testing.assert_allclose(found, right / asked)
+  assert right.sum() > 0
+
+
+def test_heads_that_know_are_measured_so():
+  text = [3, *cycles.recited([3], 30)]
+  made = cycles.medusa_heads()
+  found = medusa.measure(cycles.model(), made, np.array([text, text]),
+                        np.array([31, 12]), ranks=3)
+  np.testing.assert_array_equal(found, [[1, 0, 0]] * 3)
+  found = medusa.measure(cycles.model(), cycles.medusa_heads(shift=1),
+                        np.array([text]), np.array([31]))
+  assert not found[:, 0].any()
