@@ -389,11 +389,11 @@ def margin(logits: np.ndarray, ours: int, theirs: int, options: Any,
   one = as_request([options], [1], (), vocab=len(z), stops=1, biases=1)
   nothing = jnp.zeros((1, 1), jnp.int32)
   warped = np.asarray(sampling.warp(
-      jnp.asarray(logits)[None, None], one.sampling, sampling.History(
+      jnp.asarray(logits)[None], one.sampling, sampling.History(
           nothing, nothing[0], nothing[0] + 1, nothing,
-          jnp.ones((1, 1, 1), bool))))[0, 0]
+          jnp.ones((1, 1, 1), bool)), nothing[0]))[0]
   noise = np.asarray(sampling.gumbel(
-      one.sampling.key, jnp.full((1, 1), position), len(z)))[0, 0]
+      one.sampling.key, jnp.full(1, position), len(z)))[0]
   z = z / options.temperature
   probs = np.exp(z - z.max())
   probs /= probs.sum()

@@ -18,7 +18,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxspec.caches import Cache, Fresh, Place
-from jaxspec.sampling import Sampling
+from jaxspec.sampling import Laws, Sampling
 from jaxspec.tree import GrownTree, Tree
 
 
@@ -348,6 +348,5 @@ class Drafter(Protocol):
 # hashable and comparable. What it may say of itself: `honest`, it wants to know
 # `Proposal.probs`, and `needs_probs`, it cannot do without; `lossy`, the text
 # is not distributed as the model's own; `label`, its name in statistics.
-Verifier = Callable[
-    [Proposal, Float[Array, "B N V"], Sampling, Int[Array, "B N"]], Verdict]
+Verifier = Callable[[Proposal, Laws], Verdict]
 

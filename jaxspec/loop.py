@@ -139,8 +139,8 @@ def insert(model: Model, drafter: Drafter, verifier: Verifier,
     history = sampling.History(prefix.tokens, length, length, final,
                                jnp.ones((len(length), 1, 1), bool))
     first = verifier(
-        proposal, sampling.warp(logits, request.sampling, history),
-        request.sampling, length[:, None]).next_token[:, None]
+        proposal, sampling.Laws(logits, request.sampling, history,
+                                length[:, None])).next_token[:, None]
   kept, done = stages.finish(request, length, first, jnp.ones_like(length))
   del kept                                  # the limit leaves room for one
 

@@ -64,6 +64,34 @@ class History:
   mask: Bool[Array, "B N N"]
 
 
+@struct.dataclass
+class Laws:
+  """What a pass says of the token behind each node, warped where it is asked.
+
+  Warps and noise cost more than all else a verifier does, and a walk down one
+  path meets few of the nodes.
+
+  Attributes:
+    logits: the model's own.
+    positions: where the token behind each node will stand.
+  """
+
+  logits: Float[Array, "B N V"]
+  sampling: Sampling
+  history: History
+  positions: Int[Array, "B N"]
+
+  def at(self, node: Int[Array, "B"]) -> Float[Array, "B V"]:
+    """Log-probabilities behind one node of each row, as `warp` leaves them."""
+    logits = jnp.take_along_axis(self.logits, node[:, None, None], axis=1)
+    return warp(logits[:, 0], self.sampling, self.history, node)
+
+  def draw(self, node: Int[Array, "B"]) -> Int[Array, "B"]:
+    """The sample behind one node of each row."""
+    position = jnp.take_along_axis(self.positions, node[:, None], axis=1)
+    return draw(self.at(node), self.sampling, position[:, 0])
+
+
 def defaults(rows: int, biases: int) -> Sampling:
   """Greedy rows with nothing else switched on."""
   def full(value):
@@ -76,9 +104,12 @@ def defaults(rows: int, biases: int) -> Sampling:
       bias=jnp.zeros((rows, biases), jnp.float32))
 
 
-def warp(logits: Float[Array, "B N V"], sampling: Sampling,
-         history: History) -> Float[Array, "B N V"]:
+def warp(logits: Float[Array, "B V"], sampling: Sampling, history: History,
+         node: Int[Array, "B"]) -> Float[Array, "B V"]:
   """Applies bias, penalties, temperature, top-k, top-p and min-p.
+
+  Args:
+    node: which of the nodes in flight the logits are of.
 
   Returns:
     Unnormalised log-probabilities, -inf for what is ruled out. Each kind of
@@ -96,60 +127,40 @@ def warp(logits: Float[Array, "B N V"], sampling: Sampling,
       (sampling.top_k > 0) & (sampling.top_k < logits.shape[-1])
       | (sampling.top_p < 1) | (sampling.min_p > 0)))
 
-  def warped(logits):
-    said = _counts(history, penalised, logits.shape[-1])
-
-    def node(n, all_nodes):
-      x = lax.dynamic_slice_in_dim(all_nodes, n, 1, axis=1)
-      x = lax.cond(biased, _add_bias, lambda x, _: x, x, sampling)
-      x = lax.cond(penalised, _penalise, lambda x, *_: x, x, n, sampling,
-                   history, said)
-      x = x / temperature[:, None, None]
-      x = lax.cond(cut, _cut, lambda x, _: x, x, sampling)
-      return lax.dynamic_update_slice_in_dim(all_nodes, x, n, axis=1)
-
-    # One node after another: a threshold needs many temporaries as large as
-    # its logits, and N of each would be more than a step needs otherwise.
-    return lax.fori_loop(0, logits.shape[1], node, logits)
+  def warped(x):
+    x = lax.cond(biased, _add_bias, lambda x, _: x, x, sampling)
+    x = lax.cond(penalised, _penalise, lambda x, *_: x, x, sampling, history,
+                 node)
+    return lax.cond(cut, _cut, lambda x, _: x, x / temperature[:, None],
+                    sampling)
 
   return lax.cond(biased | penalised | jnp.any(sampled), warped,
                   lambda logits: logits, logits)
 
 
-def draw(logits: Float[Array, "B N V"], sampling: Sampling,
-         positions: Int[Array, "B N"]) -> Int[Array, "B N"]:
-  """One sample a node, of warped `logits`, by the Gumbel-max trick.
+def draw(logits: Float[Array, "B V"], sampling: Sampling,
+         positions: Int[Array, "B"]) -> Int[Array, "B"]:
+  """One sample a row, of warped `logits`, by the Gumbel-max trick.
 
   Args:
-    positions: where the sampled token will stand. Nodes of a row that share a
-      position share their noise.
+    positions: where the sampled token will stand. Whoever draws there for the
+      same request has the same noise.
   """
-  def greedy(logits, sampling, positions):
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  def noisy(logits):
+    noise = gumbel(sampling.key, positions, logits.shape[-1])
+    return logits + jnp.where(sampling.temperature[:, None] > 0, noise, 0.0)
 
-  def noisy(logits, sampling, positions):
-    # One node after another; noise is as large as the logits.
-    def node(n, samples):
-      x, at = (lax.dynamic_slice_in_dim(a, n, 1, axis=1)
-               for a in (logits, positions))
-      noise = jnp.where(sampling.temperature[:, None, None] > 0,
-                        gumbel(sampling.key, at, x.shape[-1]), 0.0)
-      sample = jnp.argmax(x + noise, axis=-1).astype(jnp.int32)
-      return lax.dynamic_update_slice_in_dim(samples, sample, n, axis=1)
-    return lax.fori_loop(0, logits.shape[1], node,
-                         jnp.zeros(positions.shape, jnp.int32))
-
-  return lax.cond(jnp.any(sampling.temperature > 0), noisy, greedy,
-                  logits, sampling, positions)
+  scores = lax.cond(jnp.any(sampling.temperature > 0), noisy, lambda x: x,
+                    logits)
+  return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
 
-def gumbel(key: Key[Array, "B"], positions: Int[Array, "B N"],
-           vocab: int) -> Float[Array, "B N V"]:
-  """The noise of each row at each position."""
+def gumbel(key: Key[Array, "B"], positions: Int[Array, "B"],
+           vocab: int) -> Float[Array, "B V"]:
+  """The noise of each row at its position."""
   def at(key, position):
     return jax.random.gumbel(jax.random.fold_in(key, position), (vocab,))
-  noise = jax.vmap(jax.vmap(at, (None, 0)))(key, positions)
-  return sharding.constrain(noise, "rows", None, "vocab")
+  return sharding.constrain(jax.vmap(at)(key, positions), "rows", "vocab")
 
 
 def coins(key: Key[Array, "B"], positions: Int[Array, "B"],
@@ -206,19 +217,7 @@ def _add_bias(logits, sampling):
     ids = jnp.where(ids < 0, vocab, ids)
     return jnp.zeros(vocab, jnp.float32).at[ids].add(bias, mode="drop")
 
-  return logits + jax.vmap(row)(sampling.bias_ids, sampling.bias)[:, None]
-
-
-def _counts(history, wanted, vocab):
-  """How often each token stands in the prompt and in the answer, `[B V]`."""
-  slot = jnp.arange(history.tokens.shape[1])[None]
-  in_prompt = slot < history.prompt_length[:, None]
-  in_answer = (slot < history.length[:, None]) & ~in_prompt
-  none = jnp.zeros((len(history.tokens), vocab), jnp.int32)
-  return lax.cond(
-      wanted, lambda: (_count(history.tokens, in_prompt, vocab),
-                       _count(history.tokens, in_answer, vocab)),
-      lambda: (none, none))
+  return logits + jax.vmap(row)(sampling.bias_ids, sampling.bias)
 
 
 def _count(tokens, which, vocab):
@@ -226,32 +225,31 @@ def _count(tokens, which, vocab):
       tokens, which.astype(jnp.int32))
 
 
-def _penalise(logits, node, sampling, history, counts):
+def _penalise(logits, sampling, history, node):
   """Repetition (CTRL, arXiv:1909.05858) over prompt and answer; presence and
   frequency (OpenAI's definition) over the answer alone."""
-  def per_row(values):
-    return values[:, None, None]
-
-  prompt, answer = counts
-  on_path = history.mask.at[..., 0].set(False)[:, node]            # [B N]
-  said = answer + _count(history.nodes, on_path, logits.shape[-1])
-  prompt, said = prompt[:, None], said[:, None]
-  factor = jnp.where(logits > 0, 1 / per_row(sampling.repetition),
-                     per_row(sampling.repetition))
+  vocab = logits.shape[-1]
+  slot = jnp.arange(history.tokens.shape[1])[None]
+  in_prompt = slot < history.prompt_length[:, None]
+  in_answer = (slot < history.length[:, None]) & ~in_prompt
+  on_path = jnp.take_along_axis(history.mask, node[:, None, None], axis=1)
+  on_path = on_path[:, 0].at[:, 0].set(False)                      # [B N]
+  prompt = _count(history.tokens, in_prompt, vocab)
+  said = (_count(history.tokens, in_answer, vocab)
+          + _count(history.nodes, on_path, vocab))
+  repetition = sampling.repetition[:, None]
+  factor = jnp.where(logits > 0, 1 / repetition, repetition)
   logits = jnp.where(prompt + said > 0, logits * factor, logits)
-  return (logits - per_row(sampling.frequency) * said
-          - per_row(sampling.presence) * (said > 0))
+  return (logits - sampling.frequency[:, None] * said
+          - sampling.presence[:, None] * (said > 0))
 
 
 def _cut(logits, sampling):
   """Top-k, top-p and min-p by threshold: no sort, and ties stay together."""
-  def off(flag, value):
-    return jnp.where(flag, value, 0)[:, None]
-
   greedy = sampling.temperature <= 0
   rank = _sortable(logits)
   # Top-k: the k-th largest value is the largest threshold that k values reach.
-  wanted = off((sampling.top_k > 0) & ~greedy, sampling.top_k)
+  wanted = jnp.where((sampling.top_k > 0) & ~greedy, sampling.top_k, 0)
   threshold = _bisect(
       lambda t: jnp.sum(rank >= t[..., None], axis=-1) >= wanted,
       rank.shape[:-1])
@@ -260,8 +258,8 @@ def _cut(logits, sampling):
   # Top-p, of what top-k left: the largest threshold whose mass reaches p.
   probs = jax.nn.softmax(logits, axis=-1)
   # (A share too small for a float32 still means the likeliest token.)
-  mass = off((sampling.top_p < 1) & ~greedy,
-             jnp.maximum(sampling.top_p, _LEAST_MASS))
+  mass = jnp.where((sampling.top_p < 1) & ~greedy,
+                   jnp.maximum(sampling.top_p, _LEAST_MASS), 0)
   threshold = _bisect(
       lambda t: jnp.sum(jnp.where(rank >= t[..., None], probs, 0.0), axis=-1)
       >= mass,
@@ -269,7 +267,8 @@ def _cut(logits, sampling):
   threshold = jnp.where(mass > 0, threshold, 0)
   logits = jnp.where(rank >= threshold[..., None], logits, -jnp.inf)
   # Min-p (arXiv:2407.01082): relative to the likeliest token.
-  least = jnp.max(logits, axis=-1) + jnp.log(off(~greedy, sampling.min_p))
+  least = jnp.max(logits, axis=-1) + jnp.log(
+      jnp.where(greedy, 0, sampling.min_p))
   return jnp.where(logits >= least[..., None], logits, -jnp.inf)
 
 

@@ -126,9 +126,9 @@ def verify(verifier: Verifier, state: DecodeState, proposal: Proposal,
   seq, request = state.seq, state.request
   history = sampling.History(seq.tokens, seq.prompt_length, seq.length,
                              proposal.tokens, proposal.mask)
-  warped = sampling.warp(logits, request.sampling, history)
   positions = seq.length[:, None] + proposal.depths
-  verdict = verifier(proposal, warped, request.sampling, positions)
+  verdict = verifier(proposal, sampling.Laws(
+      logits, request.sampling, history, positions))
 
   def noted():
     said = emitted(proposal, verdict)

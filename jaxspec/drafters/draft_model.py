@@ -229,13 +229,14 @@ class DraftModel(Drafter):
     cache = old.commit(fresh, jnp.broadcast_to(nth, slots.shape), kept)
     last = jnp.maximum(kept - 1, 0)[:, None]
     logits = self.model.unembed(
-        jnp.take_along_axis(x, last[..., None], axis=1))
+        jnp.take_along_axis(x, last[..., None], axis=1))[:, 0]
     final = jnp.take_along_axis(tokens, last, axis=1)
     history = sampling.History(
         seq.tokens, seq.prompt_length, cache.length, final,
         jnp.ones((rows, 1, 1), bool))
-    logits = sampling.warp(logits, request.sampling, history)
-    token = sampling.draw(logits, request.sampling, cache.length[:, None])
+    law = sampling.warp(logits, request.sampling, history,
+                        jnp.zeros_like(known))
+    token = sampling.draw(law, request.sampling, cache.length)[:, None]
     drew = reads & (cache.length >= known)
     _, done = stages.finish(request, cache.length, token,
                             jnp.ones_like(known))
@@ -243,7 +244,7 @@ class DraftModel(Drafter):
                         drew.astype(jnp.int32))
     seq = Sequences(text, seq.prompt_length, cache.length + 1, cache)
     return (nested.replace(seq=seq, done=nested.done | drew & done), drew,
-            logits[:, 0])
+            law)
 
 
 def _shared(state: Nested, seq: Sequences) -> ContiguousCache:

@@ -11,12 +11,12 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxspec import naming
 from jaxspec.base import Proposal, Verdict
 from jaxspec.errors import InputError
-from jaxspec.sampling import Sampling
+from jaxspec.sampling import Laws
 from jaxspec.verifiers.rejection import ratio_walk
 
 
@@ -55,8 +55,7 @@ class Deferral:
       raise InputError("verifier deferral: rule must be sure or token, got "
                        f"{self.rule!r}")
 
-  def __call__(self, proposal: Proposal, logits: Float[Array, "B N V"],
-               sampling: Sampling, positions: Int[Array, "B N"]) -> Verdict:
+  def __call__(self, proposal: Proposal, laws: Laws) -> Verdict:
     if proposal.probs is None and proposal.tree.size > 1:
       raise InputError(
           "verifier deferral must know the law that drafts were drawn from, "
@@ -65,10 +64,10 @@ class Deferral:
     def wanted(p, q, drafted):
       if q is None:
         return p
-      mixed = drafted & (sampling.temperature > 0)
+      mixed = drafted & (laws.sampling.temperature > 0)
       return jnp.where(mixed[:, None], self.mixture(p, q), p)
 
-    return ratio_walk(proposal, logits, sampling, positions, wanted)
+    return ratio_walk(proposal, laws, wanted)
 
   def mixture(self, p: Float[Array, "B V"], q: Float[Array, "B V"]
               ) -> Float[Array, "B V"]:

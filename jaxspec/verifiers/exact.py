@@ -9,32 +9,58 @@ law, and for a given seed the very tokens, are those of plain decoding. It
 needs no draft probabilities and serves any tree.
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec.base import Proposal, Verdict
-from jaxspec.sampling import Sampling, draw
+from jaxspec.sampling import Laws
 
 
-def exact(proposal: Proposal, logits: Float[Array, "B N V"],
-          sampling: Sampling, positions: Int[Array, "B N"]) -> Verdict:
+def exact(proposal: Proposal, laws: Laws) -> Verdict:
   """Takes the deepest node whose whole path was sampled."""
-  return match(proposal, draw(logits, sampling, positions))
+  return follow(proposal, laws.draw)
 
 
-def match(proposal: Proposal, samples: Int[Array, "B N"]) -> Verdict:
-  """The longest path on which every token is its parent's sample."""
+def follow(proposal: Proposal,
+           sample: Callable[[Int[Array, "B"]], Int[Array, "B"]]) -> Verdict:
+  """Goes down from the root, as long as a live child was sampled.
+
+  Depth by depth: so a sample is drawn for each accepted node and no other.
+  Siblings that hold the same token are followed side by side.
+
+  Args:
+    sample: of one node of each row.
+  """
+  start = jnp.zeros_like(proposal.tokens[:, 0])
+  here = (jnp.arange(proposal.tree.size)[None] == 0) & proposal.alive
+  token = sample(start)
+  if not proposal.tree.height:
+    return ending(proposal, start, token)
   parents = jnp.maximum(proposal.parents, 0)
-  stands = proposal.tokens == jnp.take_along_axis(samples, parents, axis=1)
-  return longest(proposal, stands, samples)
+  drafted = proposal.alive & (proposal.depths > 0)
 
+  def below(here, token):
+    """The children that were sampled, of what was reached."""
+    return (jnp.take_along_axis(here, parents, axis=1) & drafted
+            & (proposal.tokens == token[:, None]))
 
-def longest(proposal: Proposal, stands: Bool[Array, "B N"],
-            samples: Int[Array, "B N"]) -> Verdict:
-  """The longest path of live nodes that stand, and the sample behind it."""
-  node = deepest(proposal, stands)
-  return ending(proposal, node, jnp.take_along_axis(
-      samples, node[:, None], axis=1)[:, 0])
+  def further(walk):
+    _, _, beyond = walk
+    return jnp.any(beyond)
+
+  def go(walk):
+    node, token, beyond = walk
+    moves = jnp.any(beyond, axis=1)
+    node = jnp.where(moves, jnp.argmax(beyond, axis=1), node)
+    token = jnp.where(moves, sample(node), token)
+    return node, token, below(beyond, token)
+
+  node, token, _ = jax.lax.while_loop(
+      further, go, (start, token, below(here, token)))
+  return ending(proposal, node, token)
 
 
 def deepest(proposal: Proposal, stands: Bool[Array, "B N"],

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec import sampling as noise
 from jaxspec.base import Proposal, Verdict
-from jaxspec.sampling import Sampling
+from jaxspec.sampling import Laws, Sampling
 from jaxspec.verifiers.exact import ending
 
 
@@ -34,15 +34,12 @@ class Rejection:
   lossy: ClassVar[bool] = False
   label: ClassVar[str] = "rejection"
 
-  def __call__(self, proposal: Proposal, logits: Float[Array, "B N V"],
-               sampling: Sampling, positions: Int[Array, "B N"]) -> Verdict:
-    return ratio_walk(proposal, logits, sampling, positions,
-                      lambda p, q, drafted: p)
+  def __call__(self, proposal: Proposal, laws: Laws) -> Verdict:
+    return ratio_walk(proposal, laws, lambda p, q, drafted: p)
 
 
 def ratio_walk(
-    proposal: Proposal, logits: Float[Array, "B N V"], sampling: Sampling,
-    positions: Int[Array, "B N"],
+    proposal: Proposal, laws: Laws,
     wanted: Callable[[Float[Array, "B V"], Float[Array, "B V"] | None,
                       Bool[Array, "B"]], Float[Array, "B V"]]) -> Verdict:
   """One pass over the nodes, in which each row goes down one path.
@@ -68,19 +65,20 @@ def ratio_walk(
       from, if any is known, and whether it has children, the law that the
       token behind that node shall have.
   """
-  size = logits.shape[1]
+  size = proposal.tree.size
   parents, alive = proposal.parents, proposal.alive
-  rows = jnp.arange(len(logits))
+  sampling, positions = laws.sampling, laws.positions
+  rows = jnp.arange(len(positions))
   drafted = jnp.any(
       (parents[:, None] == jnp.arange(size)[None, :, None])
       & alive[:, None], axis=-1)                                   # [B N]
 
-  def laws(n):
-    """At node `n`: a few laws at a time, for each is as wide as the words."""
+  def both(n):
+    """Laws at node `n`: few at a time, for each is as wide as the words."""
     q = None
     if proposal.probs is not None:
       q = _at(proposal.probs, n).astype(jnp.float32)
-    p = target(_at(logits, n), sampling)
+    p = target(laws.at(jnp.full(len(rows), n)), sampling)
     return wanted(p, q, _at(drafted, n)), q
 
   def test(n, carry):
@@ -100,7 +98,7 @@ def ratio_walk(
       return p, q
 
     def go(p, q):
-      there = laws(n)
+      there = both(n)
       return jax.tree.map(
           lambda new, old: jnp.where(taken[:, None], new, old), there, (p, q))
 
@@ -112,8 +110,8 @@ def ratio_walk(
     return (jnp.where(taken, n, node), jnp.where(taken, 0, tries + refused),
             p, q)
 
-  start = jnp.zeros(len(logits), jnp.int32)
-  node, _, p, _ = lax.fori_loop(1, size, test, (start, start, *laws(0)))
+  start = jnp.zeros(len(rows), jnp.int32)
+  node, _, p, _ = lax.fori_loop(1, size, test, (start, start, *both(0)))
   return ending(proposal, node,
                 last_draw(p, sampling, positions[rows, node]))
 
@@ -156,8 +154,7 @@ def without(q: Float[Array, "B V"], token: Int[Array, "B"]
 def last_draw(p: Float[Array, "B V"], sampling: Sampling,
               positions: Int[Array, "B"]) -> Int[Array, "B"]:
   """A sample of p."""
-  gumbel = noise.gumbel(noise.apart(sampling.key), positions[:, None],
-                        p.shape[-1])[:, 0]
+  gumbel = noise.gumbel(noise.apart(sampling.key), positions, p.shape[-1])
   return jnp.argmax(jnp.log(p) + gumbel, axis=-1).astype(jnp.int32)
 
 

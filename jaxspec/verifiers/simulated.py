@@ -11,12 +11,11 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from jaxspec import naming
 from jaxspec import sampling as noise
 from jaxspec.base import Proposal, Verdict
-from jaxspec.sampling import Sampling, draw
+from jaxspec.sampling import Laws
 from jaxspec.verifiers.exact import deepest, ending
 
 
@@ -41,18 +40,14 @@ class Simulated:
   def label(self) -> str:
     return f"simulated({self.rate:g}, not the model's text)"
 
-  def __call__(self, proposal: Proposal, logits: Float[Array, "B N V"],
-               sampling: Sampling, positions: Int[Array, "B N"]) -> Verdict:
-    rows, size = positions.shape
+  def __call__(self, proposal: Proposal, laws: Laws) -> Verdict:
+    rows, size = laws.positions.shape
     parents = proposal.parents
     elder = jnp.tril(jnp.ones((size, size), bool), -1)[None]
     first = ~jnp.any((parents[:, :, None] == parents[:, None]) & elder,
                      axis=-1)
     coin = noise.coins(
-        jnp.repeat(sampling.key, size), positions.reshape(-1),
+        jnp.repeat(laws.sampling.key, size), laws.positions.reshape(-1),
         jnp.zeros(rows * size, jnp.int32)).reshape(rows, size)
     node = deepest(proposal, first & (coin < self.rate))
-    index = jnp.arange(rows)[:, None]
-    own = draw(logits[index, node[:, None]], sampling,
-               positions[index, node[:, None]])
-    return ending(proposal, node, own[:, 0])
+    return ending(proposal, node, laws.draw(node))

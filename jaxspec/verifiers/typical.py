@@ -14,11 +14,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxspec import naming
 from jaxspec.base import Proposal, Verdict
-from jaxspec.sampling import Sampling, draw
+from jaxspec.sampling import Laws
 from jaxspec.verifiers.exact import deepest, ending
 
 
@@ -43,37 +43,35 @@ class Typical:
       object.__setattr__(self, name, naming.number(
           "verifier typical", name, getattr(self, name), 0, 1))
 
-  def __call__(self, proposal: Proposal, logits: Float[Array, "B N V"],
-               sampling: Sampling, positions: Int[Array, "B N"]) -> Verdict:
-    rows = jnp.arange(len(logits))[:, None]
-    parents = jnp.maximum(proposal.parents, 0)
-    total, entropy = _measures(logits)
-    chance = logits[rows, parents, proposal.tokens] - total[rows, parents]
-    enough = jnp.minimum(self.epsilon,
-                         self.delta * jnp.exp(-entropy[rows, parents]))
-    best = jnp.argmax(logits, axis=-1)[rows, parents]
-    stands = jnp.where(sampling.temperature[:, None] > 0,
-                       jnp.exp(chance) > enough, proposal.tokens == best)
+  def __call__(self, proposal: Proposal, laws: Laws) -> Verdict:
+    chance, enough, best = self._judge(proposal, laws)
+    stands = jnp.where(laws.sampling.temperature[:, None] > 0,
+                       jnp.exp(chance) > enough, best)
     # Of a path, the root left out: the root's chance is not known.
-    chance = jnp.where(jnp.arange(proposal.tree.size)[None] > 0, chance, 0)
     path = jnp.sum(jnp.where(proposal.mask, chance[:, None], 0), axis=-1)
     node = deepest(proposal, stands, path)
-    own = draw(logits[rows, node[:, None]], sampling,
-               positions[rows, node[:, None]])
-    return ending(proposal, node, own[:, 0])
+    return ending(proposal, node, laws.draw(node))
 
+  def _judge(self, proposal: Proposal, laws: Laws
+             ) -> tuple[Float[Array, "B N"], Float[Array, "B N"],
+                        Bool[Array, "B N"]]:
+    """Of each node, but for the root: the log of its token's chance, what is
+    enough, and whether there is none likelier."""
+    tokens, parents = proposal.tokens, proposal.parents
 
-def _measures(logits):
-  """Log of the sum of exponentials, and entropy, of each node."""
-  # One node after another, as `sampling.draw` does: there are temporaries as
-  # large as the logits of all of them otherwise.
-  def node(n, found):
-    x = lax.dynamic_index_in_dim(logits, n, axis=1, keepdims=False)
-    total = jax.nn.logsumexp(x, axis=-1)
-    log_p = x - total[:, None]
-    p = jnp.exp(log_p)
-    entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0), axis=-1)
-    return tuple(lax.dynamic_update_index_in_dim(old, new, n, axis=1)
-                 for old, new in zip(found, (total, entropy)))
-  zeros = jnp.zeros(logits.shape[:2], jnp.float32)
-  return lax.fori_loop(0, logits.shape[1], node, (zeros, zeros))
+    def children(n, found):
+      """Those of node n: few laws at a time, for each is as wide as the
+      words."""
+      law = laws.at(jnp.full(len(tokens), n))
+      log_p = jax.nn.log_softmax(law, axis=-1)
+      p = jnp.exp(log_p)
+      entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0), axis=-1)
+      enough = jnp.minimum(self.epsilon, self.delta * jnp.exp(-entropy))
+      told = (jnp.take_along_axis(log_p, tokens, axis=1), enough[:, None],
+              tokens == jnp.argmax(law, axis=-1)[:, None])
+      return tuple(jnp.where(parents == n, new, old)
+                   for new, old in zip(told, found))
+
+    zeros = jnp.zeros(tokens.shape, jnp.float32)
+    return lax.fori_loop(0, proposal.tree.size, children,
+                         (zeros, zeros, jnp.zeros(tokens.shape, bool)))

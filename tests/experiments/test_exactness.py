@@ -100,7 +100,7 @@ def test_the_margin_of_a_token_that_top_p_ruled_out():
   for seed in range(100):
     one = dataclasses.replace(SAMPLED, seed=seed, top_p=0.89)
     key = as_request([one], [1], (), vocab=4, stops=1, biases=1).sampling.key
-    noise = np.asarray(gumbel(key, jnp.full((1, 1), 9), 4))[0, 0]
+    noise = np.asarray(gumbel(key, jnp.full(1, 9), 4))[0]
     scores = np.log(probs) + noise
     if scores.argmax() == 2:                # ruled out, for 0.895 >= 0.89
       break

@@ -38,7 +38,7 @@ from jaxspec.models.transformer import Config, Transformer, random_source
 from jaxspec.options import Options, as_request
 from jaxspec.tree import Tree, branching, chain
 from jaxspec.verifiers import rejection
-from jaxspec.verifiers.exact import deepest, ending, exact, match
+from jaxspec.verifiers.exact import deepest, ending, exact, follow
 from jaxspec.verifiers.rejection import Rejection
 from tests.jaxspec import warping
 
@@ -160,7 +160,7 @@ class Bigram(Drafter):
   def draft_noise(self, key, position, rank, vocab):
     """Of the children of a node, if they are the largest of one noise."""
     if not self.honest:
-      return self.noise * sampling.gumbel(key, position, vocab)
+      return self.noise * sampling.gumbel(key, position[:, 0], vocab)[:, None]
     stream = 1 + rank * self.replacement
 
     def own(key, position):
@@ -295,51 +295,53 @@ def joint_p_value(counts: np.ndarray, probs: np.ndarray) -> float:
 
 # The bugs. A verifier, or a change to what some part of the step is given.
 
-def bonus_shift(proposal, logits, options, positions):
+def bonus_shift(proposal, laws):
   """The next token is taken from the node before the last accepted one."""
-  samples = sampling.draw(logits, options, positions)
-  verdict = match(proposal, samples)
+  verdict = exact(proposal, laws)
   before = jnp.take_along_axis(
       verdict.path, jnp.maximum(verdict.kept - 2, 0)[:, None], axis=1)
-  return verdict.replace(next_token=jnp.take_along_axis(
-      samples, before, axis=1)[:, 0])
+  return verdict.replace(next_token=laws.draw(before[:, 0]))
 
 
-def reused_noise(proposal, logits, options, positions):
+def reused_noise(proposal, laws):
   """Every position of a request draws with the same noise."""
-  return exact(proposal, logits, options, 0 * positions)
+  return exact(proposal, laws.replace(positions=0 * laws.positions))
 
 
-def leniency(proposal, logits, options, positions):
+def leniency(proposal, laws):
   """Two drafts in a hundred stand although they were not sampled."""
-  samples = sampling.draw(logits, options, positions)
-  first = proposal.tree.children[:, 0]
-  child = proposal.tokens[:, np.maximum(first, 0)]
-  key = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
-      options.key, positions + 1000)
-  lucky = jax.vmap(jax.vmap(jax.random.uniform))(key) < 0.02
-  return match(proposal, jnp.where(lucky & (first >= 0)[None], child,
-                                   samples))
+  def sample(node):
+    child = jnp.asarray(proposal.tree.children[:, 0])[node]
+    rows = jnp.arange(len(node))
+    at = laws.positions[rows, node] + 1000
+    key = jax.vmap(jax.random.fold_in)(laws.sampling.key, at)
+    lucky = jax.vmap(jax.random.uniform)(key) < 0.02
+    return jnp.where(lucky & (child >= 0),
+                     proposal.tokens[rows, jnp.maximum(child, 0)],
+                     laws.draw(node))
+  return follow(proposal, sample)
 
 
-def any_sibling(proposal, logits, options, positions):
+def any_sibling(proposal, laws):
   """Where one sibling was sampled, the first of them is taken."""
-  samples = sampling.draw(logits, options, positions)
-  children = proposal.tree.children                              # [N W]
-  tokens = jnp.where((children >= 0)[None],
-                     proposal.tokens[:, np.maximum(children, 0)], -1)
-  hit = jnp.any(tokens == samples[..., None], axis=-1)
-  return match(proposal, jnp.where(hit, tokens[..., 0], samples))
+  def sample(node):
+    own = laws.draw(node)
+    children = jnp.asarray(proposal.tree.children)[node]          # [B W]
+    tokens = jnp.take_along_axis(proposal.tokens, jnp.maximum(children, 0),
+                                 axis=1)
+    hit = jnp.any((tokens == own[:, None]) & (children >= 0), axis=1)
+    return jnp.where(hit, tokens[:, 0], own)
+  return follow(proposal, sample)
 
 
-def noise_by_node(proposal, logits, options, positions):
+def noise_by_node(proposal, laws):
   """Noise depends on the node, not on the position alone.
 
   The one bug here that no law can show, because each token is still a fair
   sample; it breaks "same seed, same tokens", and the test of that kills it.
   """
   node = jnp.arange(proposal.tree.size)[None]
-  return exact(proposal, logits, options, positions * 64 + node)
+  return exact(proposal, laws.replace(positions=laws.positions * 64 + node))
 
 
 def stale_keys(path, nodes):
@@ -359,10 +361,10 @@ def wrong_temperature(options):
   return options.replace(temperature=jnp.ones_like(options.temperature))
 
 
-def warp_order(warp, logits, options, history):
+def warp_order(warp, logits, options, *where):
   """Top-p looks at probabilities before temperature."""
-  cut = warp(logits, wrong_temperature(options), history)
-  return cut / options.temperature[:, None, None]
+  cut = warp(logits, wrong_temperature(options), *where)
+  return cut / options.temperature[:, None]
 
 
 BUGS: dict[str, Callable] = {
@@ -385,9 +387,8 @@ def planted_anywhere(bug: Any) -> Iterator[Callable]:
     on = bug == [*BUGS].index(name)
     return jax.tree.map(lambda c, h: jnp.where(on, c, h), changed, honest)
 
-  def buggy_warp(logits, options, history):
-    return when("warp_order", warp_order(warp, logits, options, history),
-                warp(logits, options, history))
+  def buggy_warp(*args):
+    return when("warp_order", warp_order(warp, *args), warp(*args))
 
   def buggy_verify(verifier, state, proposal, logits) -> Verdict:
     options = state.request.sampling
@@ -469,18 +470,19 @@ def greedy_drafts(noise):
   return 0 * noise
 
 
-def sibling_forgotten(proposal, logits, options, positions):
+def sibling_forgotten(proposal, laws):
   """Every sibling is tested against the model's law, not the residual."""
   if proposal.probs is None:         # nothing is drafted: the first token
-    return Rejection()(proposal, logits, options, positions)
+    return Rejection()(proposal, laws)
+  rows, size = laws.positions.shape
   parents = np.maximum(proposal.tree.parents, 0)
-  p = jax.nn.softmax(logits, axis=-1)
+  nodes = jnp.broadcast_to(jnp.arange(size)[:, None], (size, rows))
+  p = jax.nn.softmax(jax.vmap(laws.at, 0, 1)(nodes), axis=-1)
   def of_token(law):
     return jnp.take_along_axis(
         law[:, parents], proposal.tokens[..., None], axis=2)[..., 0]
-  rows, size = positions.shape
-  coins = _coins(jnp.repeat(options.key, size),
-                 positions[:, parents].reshape(-1),
+  coins = _coins(jnp.repeat(laws.sampling.key, size),
+                 laws.positions[:, parents].reshape(-1),
                  jnp.tile(jnp.arange(size), rows)).reshape(rows, size)
   node = deepest(proposal, coins * of_token(proposal.probs) < of_token(p))
   at = jnp.arange(rows), node
@@ -488,7 +490,7 @@ def sibling_forgotten(proposal, logits, options, positions):
   p = jnp.where(leaf[:, None], p[at],
                 rejection.residual(p[at], proposal.probs[at]))
   return ending(proposal, node,
-                rejection.last_draw(p, options, positions[at]))
+                rejection.last_draw(p, laws.sampling, laws.positions[at]))
 
 
 # As the package has them, whatever is planted.

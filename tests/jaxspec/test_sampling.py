@@ -25,8 +25,19 @@ from tests.jaxspec import warping
 
 VOCAB, SLOTS, BIASES = 23, 12, 4
 TREE = branching((2, 1))             # 1 and 2 are siblings, 3 is behind 1
-warp = jax.jit(sampling.warp)
-draw = jax.jit(sampling.draw)
+
+
+@jax.jit
+def warp(logits, options, history):
+  """Of every node."""
+  def at(n):
+    return sampling.warp(jnp.asarray(logits)[:, n], options, history,
+                         jnp.full(len(logits), n))
+  return jnp.stack([at(n) for n in range(logits.shape[1])], axis=1)
+
+
+draw = jax.jit(jax.vmap(sampling.draw, (1, None, 1), 1))
+gumbel = jax.vmap(sampling.gumbel, (None, 1, None), 1)
 
 
 def arrays(options):
@@ -345,7 +356,7 @@ def test_a_draw_is_a_function_of_key_and_position():
 
 
 def test_noise_differs_by_key_and_by_position():
-  noise = np.asarray(sampling.gumbel(
+  noise = np.asarray(gumbel(
       noisy([0, 1, 2**32 - 1]).key, jnp.arange(12).reshape(3, 4), VOCAB))
   flat = noise.reshape(12, VOCAB)
   for a in range(12):
@@ -422,30 +433,35 @@ def test_defaults_are_greedy_and_change_nothing():
 def test_on_a_mesh():
   """Rows over data and the vocabulary over tensor: the same noise and draws."""
   mesh = sharding.make_mesh({"data": 2, "tensor": 2})
-  rows, vocab = 4, 24
+  rows, nodes, vocab = 4, 5, 24
   options = [random_options(np.random.default_rng(s)) for s in range(rows - 1)]
   options = arrays([dataclasses.replace(o, seed=s) for s, o in
                     enumerate([*options, option(top_p=0.9, top_k=12)])])
-  logits = np.random.default_rng(0).normal(size=(rows, 5, vocab)) * 2
+  logits = np.random.default_rng(0).normal(size=(rows, nodes, vocab)) * 2
   logits = logits.astype(np.float32)
-  positions = np.arange(rows * 5).reshape(rows, 5).astype(np.int32)
-  history = no_history(rows, 5)
+  positions = np.arange(rows * nodes).reshape(rows, nodes).astype(np.int32)
+  node = np.array([4, 0, 2, 3], np.int32)
 
   @jax.jit
-  def run(logits, options, history, positions):
+  def run(logits, options, history, positions, node):
     logits = sharding.constrain(logits, "rows", None, "vocab")
-    cut = sampling.warp(logits, options, history)
-    return (sampling.gumbel(options.key, positions, vocab), cut,
-            sampling.draw(cut, options, positions))
+    laws = sampling.Laws(logits, options, history, positions)
+    return (sampling.gumbel(options.key, positions[:, 0], vocab),
+            laws.at(node), laws.draw(node))
 
-  wanted = run(logits, options, history, positions)
+  rest = options, no_history(rows, nodes), positions, node
+  wanted = run(logits, *rest)
   with jax.set_mesh(mesh):
-    found = run(sharding.place(logits, ("rows", None, "vocab"), mesh),
-                options, history, positions)
+    found = run(sharding.place(logits, ("rows", None, "vocab"), mesh), *rest)
   assert found[0].sharding.spec == sharding.spec(
-      ("rows", None, "vocab"), found[0].shape, mesh)
+      ("rows", "vocab"), found[0].shape, mesh)
   assert len(found[0].sharding.device_set) == 4
   np.testing.assert_array_equal(found[0], wanted[0])
   np.testing.assert_allclose(found[1], wanted[1], rtol=1e-6)
   np.testing.assert_array_equal(found[2], wanted[2])
-  assert len(set(found[2].ravel().tolist())) > 3
+  # Each is that of the node that was asked for, and of no other.
+  every = warp(logits, *rest[:2])
+  np.testing.assert_allclose(wanted[1], every[np.arange(rows), node],
+                             rtol=1e-6)
+  np.testing.assert_array_equal(
+      wanted[2], draw(every, options, positions)[np.arange(rows), node])

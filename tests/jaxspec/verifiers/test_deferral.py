@@ -85,7 +85,7 @@ def test_a_greedy_row_is_the_models_own():
   proposal, p, _, row = walks.case(branching((2, 2)), "without", temperature=0)
   logits = jnp.log(jnp.asarray(p, jnp.float32))
   at = walks.positions(proposal)
-  lossy, exact = (jax.jit(v)(proposal, logits, row, at)
+  lossy, exact = (jax.jit(v)(proposal, walks.laws(logits, row, at))
                   for v in (Deferral(1.0), verifiers.parse("exact")))
   np.testing.assert_array_equal(lossy.kept, exact.kept)
   np.testing.assert_array_equal(lossy.next_token, exact.next_token)
@@ -95,10 +95,11 @@ def test_drafts_of_no_known_law_are_refused():
   row, logits = walks.rows(1.0, [0]), jnp.zeros((1, 3, 4))
   drafted = Proposal(jnp.zeros((1, 3), jnp.int32), chain(2))
   with pytest.raises(InputError, match="must know the law"):
-    Deferral()(drafted, logits, row, walks.positions(drafted))
+    Deferral()(drafted, walks.laws(logits, row, walks.positions(drafted)))
   # Where nothing is drafted, as for the first token, there is none to know.
   plain = Proposal(jnp.zeros((1, 1), jnp.int32), root())
-  verdict = Deferral()(plain, logits[:, :1], row, walks.positions(plain))
+  verdict = Deferral()(plain, walks.laws(logits[:, :1], row,
+                                         walks.positions(plain)))
   assert verdict.kept.tolist() == [1]
 
 

@@ -176,8 +176,8 @@ def test_greedy_rows_take_the_likeliest_tokens_alone(law):
                                 probs=jnp.asarray(q, jnp.float32))
   row = walks.rows(0.0, range(len(p)))
   logits = jnp.log(jnp.asarray(p, jnp.float32))
-  verdict = jax.jit(Rejection())(proposal, logits, row,
-                                 walks.positions(proposal))
+  verdict = jax.jit(Rejection())(
+      proposal, walks.laws(logits, row, walks.positions(proposal)))
   tokens, best = np.asarray(proposal.tokens), np.argmax(p, axis=-1)
   path, kept, last = (np.asarray(x) for x in (
       verdict.path, verdict.kept, verdict.next_token))
@@ -200,8 +200,10 @@ def test_the_root_alone_is_a_sample_of_the_model():
   row = walks.rows(1.0, range(count))
   verdict = jax.jit(Rejection())(
       Proposal(jnp.zeros((count, 1), jnp.int32), root()),
-      jnp.log(jnp.broadcast_to(jnp.asarray(p, jnp.float32), (count, 1, 5))),
-      row, jnp.ones((count, 1), jnp.int32))
+      walks.laws(
+          jnp.log(jnp.broadcast_to(jnp.asarray(p, jnp.float32),
+                                   (count, 1, 5))),
+          row, jnp.ones((count, 1), jnp.int32)))
   share = np.bincount(verdict.next_token, minlength=5) / count
   assert np.all(np.asarray(verdict.kept) == 1) and share[4] == 0
   np.testing.assert_allclose(share, p, atol=0.02)
@@ -213,8 +215,8 @@ def test_coins_have_no_memory():
   at, number = jnp.array([3, 4, 3, 3]), jnp.array([0, 0, 1, 0])
   coins = np.asarray(sampling.coins(key, at, number))
   assert len(set(coins.tolist())) == 4 and np.all((0 <= coins) & (coins < 1))
-  own = sampling.gumbel(key, at[:, None], 4)
-  apart = sampling.gumbel(sampling.apart(key), at[:, None], 4)
+  own = sampling.gumbel(key, at, 4)
+  apart = sampling.gumbel(sampling.apart(key), at, 4)
   assert not np.any(own == apart)
 
 
@@ -280,8 +282,9 @@ def test_a_certain_law_that_is_drafted_always_stands():
   verdict = jax.jit(Rejection())(
       Proposal(jnp.full((count, 2), 2, jnp.int32), tree,
                probs=jnp.asarray(p, jnp.float32)),
-      jnp.log(jnp.asarray(p, jnp.float32)), walks.rows(1.0, range(count)),
-      jnp.broadcast_to(jnp.array([5, 6]), (count, 2)))
+      walks.laws(
+          jnp.log(jnp.asarray(p, jnp.float32)), walks.rows(1.0, range(count)),
+          jnp.broadcast_to(jnp.array([5, 6]), (count, 2))))
   assert np.all(np.asarray(verdict.kept) == 2)
 
 
@@ -292,8 +295,8 @@ def test_it_makes_no_temporary_as_large_as_all_logits():
   proposal = Proposal(jnp.zeros((count, tree.size), jnp.int32), tree,
                       probs=logits)
   compiled = jax.jit(Rejection()).lower(
-      proposal, logits, walks.rows(1.0, range(count)),
-      jnp.zeros((count, tree.size), jnp.int32)).compile()
+      proposal, walks.laws(logits, walks.rows(1.0, range(count)),
+                           jnp.zeros((count, tree.size), jnp.int32))).compile()
   used = compiled.memory_analysis().temp_size_in_bytes
   assert used < 20 * count * vocab * 4 < logits.nbytes / 3
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import sampling, verifiers
+from jaxspec import verifiers
 from jaxspec.base import Proposal
 from jaxspec.tree import GrownTree, branching, chain
 from jaxspec.verifiers.simulated import Simulated
@@ -25,8 +25,8 @@ def verdict_of(tree, rate, tokens=None, live=None, temperature=1.0, vocab=4):
   logits = jnp.asarray(rng.standard_normal((COUNT, tree.size, vocab)),
                        jnp.float32)
   row, at = walks.rows(temperature, range(COUNT)), walks.positions(proposal)
-  own = jax.jit(sampling.draw)(logits, row, at)
-  return jax.jit(Simulated(rate))(proposal, logits, row, at), np.asarray(own)
+  own = walks.draw(logits, row, at)
+  return jax.jit(Simulated(rate))(proposal, walks.laws(logits, row, at)), own
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.7, 1.0])

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspec import sampling, verifiers
+from jaxspec import verifiers
 from jaxspec.base import Proposal
 from jaxspec.tree import GrownTree, branching
 from jaxspec.verifiers.typical import Typical
@@ -47,8 +47,9 @@ def test_against_the_definition(epsilon, delta):
   with np.errstate(divide="ignore"):
     logits = jnp.asarray(np.log(p) + 2, jnp.float32)  # not normalised
   row, at = walks.rows(1.0, range(count)), walks.positions(proposal)
-  verdict = jax.jit(Typical(epsilon, delta))(proposal, logits, row, at)
-  own = np.asarray(jax.jit(sampling.draw)(logits, row, at))
+  verdict = jax.jit(Typical(epsilon, delta))(
+      proposal, walks.laws(logits, row, at))
+  own = walks.draw(logits, row, at)
   path, kept, last = (np.asarray(x) for x in (
       verdict.path, verdict.kept, verdict.next_token))
   lengths = set()
@@ -70,8 +71,9 @@ def test_of_paths_as_long_the_likeliest_wins():
   p[:, 3] = [.9, .1, 0, 0]           # behind neither of them
   tokens = jnp.asarray([[3, 0, 1, 2, 2]] * 2)
   proposal = Proposal(tokens, tree)
-  verdict = Typical()(proposal, jnp.log(jnp.asarray(p, jnp.float32)),
-                      walks.rows(1.0, [0, 1]), walks.positions(proposal))
+  verdict = Typical()(proposal, walks.laws(
+      jnp.log(jnp.asarray(p, jnp.float32)), walks.rows(1.0, [0, 1]),
+      walks.positions(proposal)))
   assert verdict.kept.tolist() == [3, 3]
   assert verdict.path.tolist() == [[0, 2, 4], [0, 1, 3]]
 
@@ -81,7 +83,7 @@ def test_a_greedy_row_is_the_models_own():
   logits = jnp.log(jnp.asarray(p, jnp.float32))
   at = walks.positions(proposal)
   lenient, exact = (
-      jax.jit(verifiers.parse(text))(proposal, logits, row, at)
+      jax.jit(verifiers.parse(text))(proposal, walks.laws(logits, row, at))
       for text in ("typical:epsilon=0,delta=0", "exact"))
   np.testing.assert_array_equal(lenient.kept, exact.kept)
   np.testing.assert_array_equal(lenient.next_token, exact.next_token)

@@ -33,6 +33,22 @@ def positions(proposal: Any, start: int = 5) -> jax.Array:
   return start + proposal.depths
 
 
+def laws(logits: Any, row: sampling.Sampling, at: Any) -> sampling.Laws:
+  """Of a pass whose text is of no importance."""
+  count, size, _ = logits.shape
+  one, nodes = jnp.ones(count, jnp.int32), jnp.zeros((count, size), jnp.int32)
+  history = sampling.History(one[:, None], one, one, nodes,
+                             jnp.ones((count, size, size), bool))
+  return sampling.Laws(jnp.asarray(logits), row, history, jnp.asarray(at))
+
+
+def draw(logits: Any, row: sampling.Sampling, at: Any) -> np.ndarray:
+  """The sample behind every node."""
+  said = laws(logits, row, at)
+  nodes = jnp.broadcast_to(jnp.arange(at.shape[1])[:, None], at.shape[::-1])
+  return np.asarray(jax.jit(jax.vmap(said.draw))(nodes).T)
+
+
 def law(rng: np.random.Generator, *shape: int, zeros: float = 0.2) -> Law:
   """Random laws, some of whose tokens are ruled out."""
   weights = rng.exponential(size=shape)**2
@@ -165,8 +181,9 @@ def check(verifier: Any, proposal: Proposal, p: Law, q: Law | None,
       lambda key, at: sampling.coins(
           jnp.repeat(key[None], size), jnp.repeat(at[None], size), numbers),
       (None, 0))))(row.key, at)
-  last = jax.jit(lambda: sampling.gumbel(sampling.apart(row.key), at, vocab))()
-  verdict = jax.jit(verifier)(proposal, logits, row, at)
+  last = jax.jit(jax.vmap(lambda at: sampling.gumbel(
+      sampling.apart(row.key), at, vocab), 1, 1))(at)
+  verdict = jax.jit(verifier)(proposal, laws(logits, row, at))
   toss, last, parents, alive, tokens, path, kept, next_token = (
       np.asarray(x) for x in (
           toss, last, proposal.parents, proposal.alive, proposal.tokens,
