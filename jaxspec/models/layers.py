@@ -76,6 +76,15 @@ def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, "D"],
   return (y * weight).astype(x.dtype)
 
 
+def look_up(table: Float[Array, "V D"], index: Int[Array, "*batch"]
+            ) -> Float[Array, "*batch D"]:
+  """Rows of a table."""
+  # XLA:CPU reads rows in float32. If it could tell that the table is the same
+  # in every step it would convert all of it, before the first.
+  table, index = lax.optimization_barrier((table, index))
+  return table[index]
+
+
 def linear(x: Float[Array, "*batch D"],
            weight: Float[Array, "*outer D"] | QArray) -> Float[Array, "..."]:
   """`x` times a weight: `[batch..., outer...]`, summed in float32.

@@ -176,7 +176,7 @@ class Transformer(nnx.Module):
 
   def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """The residual stream below the first layer."""
-    x = self.embedding[...][tokens]
+    x = layers.look_up(self.embedding[...], tokens)
     if self.config.embed_scale is not None:
       x = x * jnp.asarray(self.config.embed_scale, x.dtype)
     return sharding.constrain(x, "rows", None, None)

@@ -41,13 +41,14 @@ LLAMA_3_8B = functools.partial(llama, vocab=128256, width=4096, heads=32,
 
 
 def compile_decode(config: Config, drafter: str, *, rows: int, capacity: int,
-                   dtype, mesh, kind: str = "contiguous"):
+                   dtype, mesh, kind: str = "contiguous", cache_dtype=None):
   """The compiled loop, and how many bytes its state has on a device."""
   model = Transformer(config, abstract_source(dtype, mesh))
   drafter = drafters.parse(drafter, drafters.Target(model))
 
   def make():
-    cache = model.init_cache(batches.cache_kind(kind), rows, capacity, dtype)
+    cache = model.init_cache(batches.cache_kind(kind), rows, capacity,
+                             cache_dtype or dtype)
     return loop.init(model, drafter, cache, capacity=capacity, stops=16,
                      biases=64)
 
@@ -95,6 +96,15 @@ def test_smollm2_on_a_cpu(drafter, kind):
       mesh=sharding.make_mesh(), kind=kind))
 
 
+@pytest.mark.parametrize("drafter", ["autoregressive", pytest.param(
+    "prompt_lookup", marks=pytest.mark.slow)])
+def test_smollm2_in_half_precision_on_a_cpu(drafter):
+  """No weight is converted: XLA:CPU computes some things in float32 alone."""
+  check(*compile_decode(
+      SMOLLM2(depth=30), drafter, rows=2, capacity=2048, dtype=jnp.bfloat16,
+      cache_dtype=jnp.float32, mesh=sharding.make_mesh()))
+
+
 @pytest.fixture(scope="module")
 def v5e():
   if importlib.util.find_spec("libtpu") is None:
@@ -126,7 +136,7 @@ def test_a_copied_cache_would_be_seen(v5e, monkeypatch):
   jax.clear_caches()                     # else the sound one is found there
   try:
     compiled, size = compile_decode(
-        LLAMA_3_8B(depth=2), "autoregressive", rows=8, capacity=2048,
+        LLAMA_3_8B(depth=2), "autoregressive", rows=8, capacity=8192,
         dtype=jnp.bfloat16, mesh=v5e)
   finally:
     monkeypatch.undo()
