@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model = "meta-llama/Llama-3.1-8B-Instruct"
   config.dtype = "bfloat16"
   config.mesh = ml_collections.ConfigDict({"data": 1, "tensor": 8})
-  config.drafter = "prompt_lookup:length=8"
+  config.drafter = "prompt_lookup:length=7"
   config.rows = 8
   config.capacity = 8192
   config.chat = True

@@ -55,12 +55,14 @@ def define_flags() -> None:
       "prompt_tokens", 1024, "a longer prompt is cut")
   flags.DEFINE_integer("new_tokens", 64, "decoded at most")
   flags.DEFINE_integer("steps", 48, "that several rows are decoded for")
+  flags.DEFINE_integer(
+      "repeats", 3, "of each batch of several rows, of which the median counts")
   flags.DEFINE_multi_string(
       "drafter", [
           "prompt_lookup",
           "recycling:nodes=12",
           "union:drafters=[prompt_lookup;recycling],nodes=12",
-          "adaptive:drafter=[prompt_lookup],sizes=[1;2;4;9]",
+          "adaptive:drafter=[prompt_lookup]",
           "adaptive:drafter=[union:drafters=[prompt_lookup;recycling],nodes=12]"
           ",sizes=[1;2;4;8;12]",
       ], "what is compared with plain decoding; may be repeated")
@@ -162,7 +164,7 @@ class Bench:
                          vocab=made.config.vocab, stops=16, biases=64)
     state = loop.insert(made.model, made.drafter, made.verifier, state,
                         np.arange(self.rows, dtype=np.int32), prefix, request)
-    jax.block_until_ready(state.seq.tokens)
+    jax.block_until_ready(state)
     part = made.drafter
     if width is not None:
       part = part.replace(forced=jnp.asarray(width, jnp.int32))
@@ -194,7 +196,7 @@ class Bench:
     found = {size: [] for size in sizes}
     for repeat in range(6):
       for number, size in enumerate(sizes):
-        run = self.decode(drafter, prefix, lengths, options, number, 6)
+        run = self.decode(drafter, prefix, lengths, options, number, 8)
         if repeat and run["steps"]:            # the first compiles
           found[size].append(run["seconds"] / run["steps"])
     self._states.pop(drafter)
@@ -246,16 +248,29 @@ def measure(dtype: str, rows: int, prompts: dict[str, list[str]]
                 made.drafter = made.drafter.replace(
                     costs=jnp.asarray(costs, jnp.float32))
         order = [PLAIN, *FLAGS.drafter, *(aside if not temperature else [])]
-        shift = number % len(order)
-        for text in [*order[shift:], *order[:shift]]:
-          run = bench.decode(text, prefix, lengths, options, steps=steps)
-          runs.append({"drafter": text, "category": category,
-                       "temperature": temperature, "batch": number, **run})
+        tries: dict[str, list[dict[str, Any]]] = {text: [] for text in order}
+        for repeat in range(1 if rows == 1 else FLAGS.repeats):
+          shift = (number + repeat) % len(order)
+          for text in [*order[shift:], *order[:shift]]:
+            tries[text].append(bench.decode(text, prefix, lengths, options,
+                                            steps=steps))
+        for text, some in tries.items():
+          some.sort(key=pace)
+          runs.append({
+              "drafter": text, "category": category,
+              "temperature": temperature, "batch": number,
+              "all_seconds": [run["seconds"] for run in some],
+              **some[len(some) // 2]})
       print(f"{dtype} batch {rows} temperature {temperature:g} {category}: "
             + ", ".join(
                 f"{short(d)} {speed(runs, d, category, temperature):.2f}"
                 for d in order if d != PLAIN), flush=True)
   return {"dtype": dtype, "rows": rows, "cost_curve": curve, "runs": runs}
+
+
+def pace(run: dict[str, Any]) -> float:
+  """Seconds a token."""
+  return run["seconds"] / max(sum(len(t) - 1 for t in run["texts"]), 1)
 
 
 def short(drafter: str) -> str:
@@ -274,11 +289,11 @@ def picked(runs: list[dict[str, Any]], drafter: str, category: str | None,
 def speed(runs: list[dict[str, Any]], drafter: str, category: str | None,
           temperature: float) -> float:
   """Seconds a token of plain decoding over those of a drafter."""
-  def pace(name):
+  def of(name):
     some = picked(runs, name, category, temperature)
     tokens = sum(len(t) - 1 for r in some for t in r["texts"])
     return sum(r["seconds"] for r in some) / max(tokens, 1)
-  return pace(PLAIN) / pace(drafter)
+  return of(PLAIN) / of(drafter)
 
 
 def summary(section: dict[str, Any]) -> list[dict[str, Any]]:
@@ -378,7 +393,7 @@ def main(argv: list[str]) -> None:
   output = pathlib.Path(FLAGS.output)
   partial = output.with_name(output.name + ".sections")
   setting = [machine.commit(), FLAGS.count, FLAGS.single_count,
-             FLAGS.new_tokens, FLAGS.steps, FLAGS.prompt_tokens,
+             FLAGS.new_tokens, FLAGS.steps, FLAGS.repeats, FLAGS.prompt_tokens,
              FLAGS.drafter, FLAGS.aside, FLAGS.temperatures]
   done: list[dict[str, Any]] = []
   if partial.exists():

@@ -395,7 +395,7 @@ class Generator:
                           chunk=CHUNK, dtype=self.cache_dtype)
     state = loop.insert(self.model, self.drafter, self.verifier, state, rows,
                         prefix, request)
-    jax.block_until_ready(state.done)
+    jax.block_until_ready(state)
     for answer in answers:
       answer.begun(time.perf_counter() - start)
     return state

@@ -22,7 +22,7 @@ class PromptLookup(Drafter):
   """Drafts the continuation of the latest longest match of the text's end.
 
   Attributes:
-    length: how many tokens are drafted.
+    length: how many tokens are drafted; with the root, 7 make 8 nodes.
     max_ngram: the longest ending that is looked for.
     min_ngram: the shortest that is believed. Below it nothing is drafted.
     branches: how many matches are continued, if their continuations differ;
@@ -30,7 +30,7 @@ class PromptLookup(Drafter):
     nodes: of that tree at most, root included; 0 for as many as there can be.
   """
 
-  length: int = struct.field(pytree_node=False, default=8)
+  length: int = struct.field(pytree_node=False, default=7)
   max_ngram: int = struct.field(pytree_node=False, default=3)
   min_ngram: int = struct.field(pytree_node=False, default=1)
   branches: int = struct.field(pytree_node=False, default=1)
