@@ -28,7 +28,7 @@ _PROBE = 64
 # A costly drafter is not even asked while nothing pays.
 _PATIENCE = 4
 # A wider pass must promise this much more than plain decoding.
-_MARGIN = 1.02
+_MARGIN = 1.06
 
 
 @struct.dataclass
