@@ -149,10 +149,10 @@ def test_a_costly_drafter_is_not_asked_while_nothing_pays(small, plain):
 
 @pytest.mark.parametrize("text, word", [
     ("adaptive:sizes=[2;9]", "ascend from 1"),
-    ("adaptive:sizes=[1;4]", "ascend from 1 to 9"),
+    ("adaptive:sizes=[1;4]", "ascend from 1 to 8"),
     ("adaptive:sizes=[1;x;9]", "must be numbers"),
     ("adaptive:costs=[1;2]", "one for each"),
-    ("adaptive:sizes=[1;9],costs=[1;-2]", "positive"),
+    ("adaptive:sizes=[1;8],costs=[1;-2]", "positive"),
     ("adaptive:drafter=oracle", "unknown"),
     ("adaptive:drafter=lookahead", "cannot be cut"),
 ])
