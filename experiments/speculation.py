@@ -392,6 +392,7 @@ def plot(lines: list[dict[str, Any]], path: pathlib.Path) -> None:
 def main(argv: list[str]) -> None:
   """Runs what is not yet there, and writes everything."""
   del argv
+  import jax
   prompts = read_prompts(FLAGS.prompts, FLAGS.count)
   output = pathlib.Path(FLAGS.output)
   partial = output.with_name(output.name + ".sections")
@@ -405,6 +406,7 @@ def main(argv: list[str]) -> None:
   for dtype, rows in sections():
     if not any((s["dtype"], s["rows"]) == (dtype, rows) for s in done):
       done.append(measure(dtype, rows, prompts))
+      jax.clear_caches()           # a process cannot hold programs without end
       output.parent.mkdir(parents=True, exist_ok=True)
       partial.write_text(json.dumps({"setting": setting, "sections": done}))
   lines = [line for section in done for line in summary(section)]

@@ -8,6 +8,8 @@
 
 import contextlib
 import functools
+import hashlib
+import os
 import time
 import types
 from collections import deque
@@ -18,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import caches, drafters, loop, sharding, verifiers
+from jaxspec import caches, drafters, loop, pacing, sharding, verifiers
 from jaxspec.answers import Answer, Completion, TextEvent
 from jaxspec.base import DecodeState, Drafter, Verifier
 from jaxspec.drift import DriftMonitor
@@ -100,8 +102,6 @@ class Generator:
           f"verifier {_name(self.verifier)} must know the law that drafts were "
           f"drawn from, and {self._drafter_name} reports none; use "
           "draft_model, or --verifier=exact")
-    self._meter = (Meter(len(self.drafter.sizes)) if self.drafter.unmeasured
-                   else None)
     least = self.drafter.height + 2
     if not least <= self.capacity <= context:
       raise InputError(f"capacity must be in [{least}, {context}] (the model's "
@@ -113,6 +113,10 @@ class Generator:
     # Refuses sizes that do not fit, before anything is compiled.
     jax.eval_shape(lambda: jax.tree.leaves(new_cache()))
     self._buckets = _buckets(self.capacity)
+    self._work = self._name_work(cache) if isinstance(drafter, str) else None
+    self._meter: Meter | None = None
+    if self.drafter.unmeasured:
+      self._recall_costs()
     self._busy = False
     self.drift = DriftMonitor()
     self._init = jax.jit(lambda: loop.init(
@@ -277,9 +281,33 @@ class Generator:
     state = self._meter.measure(
         at_width, lambda state: state.counters.passes, state)
     if self._meter.known:
-      self.drafter = self.drafter.replace(costs=jnp.asarray(self._meter.costs))
-      self._meter = None
+      costs, self._meter = self._meter.costs, None
+      self.drafter = self.drafter.replace(costs=jnp.asarray(costs))
+      ledger = pacing.ledger()
+      if ledger and self._work:
+        ledger.write(self._work, costs)
     return state
+
+  def _recall_costs(self) -> None:
+    """What an earlier run measured; or else this one has to."""
+    ledger, costs = pacing.ledger(), None
+    if ledger and self._work:
+      costs = ledger.read(self._work, len(self.drafter.sizes))
+    if costs is None:
+      self._meter = Meter(len(self.drafter.sizes))
+    else:
+      self.drafter = self.drafter.replace(costs=jnp.asarray(costs))
+
+  def _name_work(self, cache: str) -> str:
+    """Whatever the cost of a pass depends on."""
+    devices = self.mesh.devices.flat
+    config = hashlib.sha256(repr(self.config).encode()).hexdigest()[:16]
+    return ", ".join(map(str, (
+        f"jax {jax.__version__}", f"{len(devices)} x {devices[0].device_kind}",
+        f"{os.cpu_count()} cores", self.model.config.family, config,
+        self.model.embedding[...].dtype.name, self.cache_dtype.name,
+        f"rows {self.rows}", f"capacity {self.capacity}", cache,
+        _name(self.verifier), self._drafter_name)))
 
   def _answers(self, prompts, options, chat) -> list[Answer]:
     """Checks everything before anything is decoded."""

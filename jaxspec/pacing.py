@@ -3,13 +3,18 @@
 
 The text does not depend on how wide passes are. So the first steps of a run
 can be taken at one width after another, with a clock beside them, and nothing
-of it is wasted.
+of it is wasted. What was learned is kept for later runs of the same work.
 """
 
+import contextlib
+import json
+import os
+import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import jax
 import numpy as np
 
 _State = TypeVar("_State")
@@ -64,3 +69,52 @@ class Meter:
     if taken:
       self._seconds[width].append(seconds / taken)
     return state
+
+
+class Ledger:
+  """Costs by the work they are of, in a file."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+
+  def read(self, work: str, widths: int) -> np.ndarray | None:
+    """What was noted of some work; None for nothing that can be used."""
+    costs = np.asarray(self._all().get(work), np.float64)
+    if costs.shape != (widths,) or not np.all(np.isfinite(costs) & (costs > 0)):
+      return None
+    return costs.astype(np.float32)
+
+  def write(self, work: str, costs: np.ndarray) -> None:
+    """Notes what some work costs, beside what is there.
+
+    Where that cannot be written it is not: the next run measures again.
+    """
+    noted = {**self._all(), work: [float(cost) for cost in costs]}
+    part = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+    try:
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      part.write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8")
+      part.replace(self._path)          # another run sees all of it or nothing
+    except OSError:
+      with contextlib.suppress(OSError):
+        part.unlink()
+
+  def _all(self) -> dict[str, list[float]]:
+    try:
+      found = json.loads(self._path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+      return {}
+    if not isinstance(found, dict):
+      return {}
+    return {work: costs for work, costs in found.items()
+            if isinstance(costs, list)
+            and all(type(cost) in (int, float) for cost in costs)}
+
+
+def ledger() -> Ledger | None:
+  """Beside compiled programs, which too are this machine's; if any are kept."""
+  folder = jax.config.jax_compilation_cache_dir
+  if not folder or not jax.config.jax_enable_compilation_cache or (
+      "://" in folder):
+    return None
+  return Ledger(pathlib.Path(folder) / "jaxspec_costs.json")

@@ -147,8 +147,7 @@ class Adaptive(Drafter):
 
     if self.drafter.costly:
       asleep = self._asleep(state)
-      proposal, inner = jax.lax.cond(
-          asleep, lambda: self._nothing(ask, seq, state), ask)
+      proposal, inner = _ask_if(~asleep, ask, state.inner, seq)
     else:
       asleep = False
       proposal, inner = ask()
@@ -179,13 +178,6 @@ class Adaptive(Drafter):
     awake = (state.declined < _PATIENCE) | (state.declined % _PROBE == 0)
     return ~awake & (self.forced <= 0)
 
-  def _nothing(self, ask, seq, state):
-    """A proposal of the root alone, in the shape of the drafter's."""
-    like, _ = jax.eval_shape(ask)
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-    return empty.replace(tokens=empty.tokens.at[:, :1].set(seq.tail()),
-                         live=jnp.ones_like(empty.live)), state.inner
-
   def _expected(self, state, proposal):
     """Tokens each row may expect of a pass of each width, `[B sizes]`."""
     chances = proposal.chances
@@ -204,3 +196,31 @@ class Adaptive(Drafter):
     probe = (best == 0) & (state.declined >= _PROBE)
     best = jnp.where(probe, min(1, len(self.sizes) - 1), best)
     return jnp.where(self.forced >= 0, self.forced, best).astype(jnp.int32)
+
+
+def _ask_if(awake, ask, inner, seq):
+  """What is proposed, or the root alone in the same shape; and the state.
+
+  Of the state only what proposing changes goes through the condition: the
+  rest, such as a table, would be copied in every step.
+  """
+  old, structure = jax.tree.flatten(inner)
+  changed: list[int] = []
+
+  def some():
+    made, new = ask()
+    new = jax.tree.leaves(new)
+    changed[:] = [i for i, (n, o) in enumerate(zip(new, old)) if n is not o]
+    return made, [new[i] for i in changed]
+
+  def nothing():
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    return empty.replace(
+        tokens=empty.tokens.at[:, :1].set(seq.tail()),
+        live=jnp.ones_like(empty.live)), [old[i] for i in changed]
+
+  like, _ = jax.eval_shape(some)
+  made, new = jax.lax.cond(awake, some, nothing)
+  for i, value in zip(changed, new):
+    old[i] = value
+  return made, jax.tree.unflatten(structure, old)

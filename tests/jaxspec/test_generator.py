@@ -19,7 +19,7 @@ import tokenizers
 from conftest import tiny_config
 from tokenizers import decoders, models, pre_tokenizers
 
-from jaxspec import loop, sharding
+from jaxspec import loop, pacing, sharding
 from jaxspec.caches.paged import PagedCache
 from jaxspec.checkpoint.tokenizer import Tokenizer
 from jaxspec.errors import InputError
@@ -158,8 +158,11 @@ def test_mixed_requests_compile_nothing_and_change_no_token(
   assert len({tuple(c.token_ids) for c in found}) > 150
 
 
-def test_widths_are_measured_on_the_work_at_hand(small, plain):
+def test_widths_are_measured_on_the_work_at_hand(
+    small, plain, tmp_path, monkeypatch):
   """An adaptive drafter's first steps are timed, and change no token."""
+  kept = pacing.Ledger(tmp_path / "costs.json")
+  monkeypatch.setattr(pacing, "ledger", lambda: kept)
   prompts, options = requests(6, seed=3)
   options = [dataclasses.replace(o, max_new_tokens=30, stop=())
              for o in options]
@@ -185,6 +188,13 @@ def test_widths_are_measured_on_the_work_at_hand(small, plain):
   assert report["requests"] == sum(c.stats.drafts > 0 for c in completions)
   assert report["requests"] > 0
   assert report["drafter"] == drafter
+  # The next run knows; other work does not.
+  def costs(rows):
+    made = Generator(small, tokenizer(), drafter=drafter, rows=rows,
+                     capacity=CAPACITY, eos_ids=[END])
+    return np.asarray(made.drafter.costs)
+  np.testing.assert_array_equal(costs(rows=2), measured)
+  np.testing.assert_array_equal(costs(rows=3), guessed)
 
 
 def test_order_does_not_matter(drafted, many, told):
