@@ -143,7 +143,7 @@ def test_nothing_found_is_nothing_alive(small):
     ("prompt_lookup:length=65", "got 65"),
     ("prompt_lookup:max_ngram=2,min_ngram=3", "max_ngram .* got 2"),
     ("prompt_lookup:branches=17", r"branches must be .* \[1, 16\]"),
-    ("prompt_lookup:branches=2,nodes=18", r"nodes must be .* \[2, 17\]"),
+    ("prompt_lookup:branches=2,nodes=18", r"nodes must be .* \[2, 15\]"),
     ("prompt_lookup:nodes=4", "more branches than one"),
     ("prompt_lookup:lenght=3", "Did you mean 'length'"),
     ("prompt_lookup:length", "no option 'length'"),

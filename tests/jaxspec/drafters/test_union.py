@@ -108,8 +108,8 @@ def test_from_text(small):
 
 @pytest.mark.parametrize("text, word", [
     ("union:drafters=prompt_lookup", "at least two"),
-    ("union:drafters=[prompt_lookup;prompt_lookup],nodes=99", r"\[2, 17\]"),
-    ("union:drafters=[prompt_lookup;prompt_lookup],nodes=1", r"\[2, 17\]"),
+    ("union:drafters=[prompt_lookup;prompt_lookup],nodes=99", r"\[2, 15\]"),
+    ("union:drafters=[prompt_lookup;prompt_lookup],nodes=1", r"\[2, 15\]"),
     ("union:drafters=[prompt_lookup;oracle]", "unknown"),
     ("union:drafters=[prompt_lookup", "brackets"),
     ("union:drafters=[lookahead;prompt_lookup]", "cannot be joined"),
