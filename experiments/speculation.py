@@ -258,7 +258,7 @@ def measure(dtype: str, rows: int, prompts: dict[str, list[str]]
             tries[text].append(bench.decode(text, prefix, lengths, options,
                                             steps=steps))
         for text, some in tries.items():
-          some.sort(key=pace)
+          some.sort(key=lambda run: pace([run]))
           runs.append({
               "drafter": text, "category": category,
               "temperature": temperature, "batch": number,
@@ -271,9 +271,10 @@ def measure(dtype: str, rows: int, prompts: dict[str, list[str]]
   return {"dtype": dtype, "rows": rows, "cost_curve": curve, "runs": runs}
 
 
-def pace(run: dict[str, Any]) -> float:
-  """Seconds a token."""
-  return run["seconds"] / max(sum(len(t) - 1 for t in run["texts"]), 1)
+def pace(runs: list[dict[str, Any]]) -> float:
+  """Seconds a token, over some runs."""
+  tokens = sum(len(t) - 1 for r in runs for t in r["texts"])
+  return sum(r["seconds"] for r in runs) / max(tokens, 1)
 
 
 def short(drafter: str) -> str:
@@ -292,11 +293,8 @@ def picked(runs: list[dict[str, Any]], drafter: str, category: str | None,
 def speed(runs: list[dict[str, Any]], drafter: str, category: str | None,
           temperature: float) -> float:
   """Seconds a token of plain decoding over those of a drafter."""
-  def of(name):
-    some = picked(runs, name, category, temperature)
-    tokens = sum(len(t) - 1 for r in some for t in r["texts"])
-    return sum(r["seconds"] for r in some) / max(tokens, 1)
-  return of(PLAIN) / of(drafter)
+  return (pace(picked(runs, PLAIN, category, temperature))
+          / pace(picked(runs, drafter, category, temperature)))
 
 
 def summary(section: dict[str, Any]) -> list[dict[str, Any]]:

@@ -113,9 +113,11 @@ class Generator:
     # Refuses sizes that do not fit, before anything is compiled.
     jax.eval_shape(lambda: jax.tree.leaves(new_cache()))
     self._buckets = _buckets(self.capacity)
-    self._work = self._name_work(cache) if isinstance(drafter, str) else None
     self._meter: Meter | None = None
+    self._work: str | None = None
     if self.drafter.unmeasured:
+      if isinstance(drafter, str):       # else its settings are not known
+        self._work = self._name_work(cache)
       self._recall_costs()
     self._busy = False
     self.drift = DriftMonitor()
