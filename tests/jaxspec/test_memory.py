@@ -89,7 +89,8 @@ def check(compiled, state_bytes: int) -> None:
     ("autoregressive", "contiguous"),
     ("prompt_lookup", "contiguous"), ("prompt_lookup", "paged"),
     pytest.param("prompt_lookup", "window", marks=pytest.mark.slow),
-    ("adaptive:drafter=[union:nodes=8],sizes=[1;4;8]", "contiguous")])
+    pytest.param("adaptive:drafter=[union:nodes=8],sizes=[1;4;8]",
+                 "contiguous", marks=pytest.mark.slow)])
 def test_smollm2_on_a_cpu(drafter, kind):
   check(*compile_decode(
       SMOLLM2(depth=30), drafter, rows=2, capacity=2048, dtype=jnp.float32,
@@ -119,7 +120,7 @@ def v5e():
 
 
 @pytest.mark.parametrize("drafter", [
-    "prompt_lookup", pytest.param("autoregressive", marks=pytest.mark.slow)])
+    "autoregressive", pytest.param("prompt_lookup", marks=pytest.mark.slow)])
 def test_llama_3_8b_on_four_v5e(v5e, drafter):
   check(*compile_decode(LLAMA_3_8B(depth=32), drafter, rows=8, capacity=2048,
                         dtype=jnp.bfloat16, mesh=v5e))

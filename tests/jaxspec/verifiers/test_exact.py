@@ -33,7 +33,7 @@ def cases(draw):
           draw(st.integers(1, size)))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cases())
 def test_against_plain_python(case):
   parents, tokens, samples, live = case
