@@ -302,6 +302,8 @@ class Drafter(Protocol):
     honest: whether its proposals tell the laws they were drawn from.
     whole: whether all it proposes must be scored, and where it put it: it can
       be neither cut nor joined with others.
+    paced: whether it drafts no more than it is told: `propose` takes `most`,
+      a number of nodes, and `plan(rows)` is its proposal but for the tokens.
     unmeasured: whether it waits for what passes of its `sizes` cost.
     coupled: whether what one row is given may depend on others, as when they
       share a pass whose width is chosen. Their texts never do.
@@ -314,6 +316,7 @@ class Drafter(Protocol):
   costly: bool = False
   honest: bool = False
   whole: bool = False
+  paced: bool = False
   unmeasured: bool = False
   coupled: bool = False
 

@@ -146,13 +146,20 @@ def draw(logits: Float[Array, "B V"], sampling: Sampling,
     positions: where the sampled token will stand. Whoever draws there for the
       same request has the same noise.
   """
+  return draws(logits, sampling, positions, 1)[:, 0]
+
+
+def draws(logits: Float[Array, "B V"], sampling: Sampling,
+          positions: Int[Array, "B"], count: int) -> Int[Array, "B count"]:
+  """Samples without replacement, in the order of how likely each is to be
+  what `draw` gives to someone whose logits are a little different."""
   def noisy(logits):
     noise = gumbel(sampling.key, positions, logits.shape[-1])
     return logits + jnp.where(sampling.temperature[:, None] > 0, noise, 0.0)
 
   scores = lax.cond(jnp.any(sampling.temperature > 0), noisy, lambda x: x,
                     logits)
-  return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+  return top(scores[:, None], count)[:, 0]
 
 
 def gumbel(key: Key[Array, "B"], positions: Int[Array, "B"],

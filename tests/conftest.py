@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight CPU devices, no silent broadcasting, and a tiny model for all."""
 
+import json
 import os
 
 # A TPU compiler without a TPU (see tests/jaxspec/test_memory.py): these keep
@@ -12,7 +13,10 @@ os.environ.update(
     TPU_MIN_LOG_LEVEL="3", TPU_STDERR_LOG_LEVEL="3")
 
 import jax
+import numpy as np
 import pytest
+import safetensors.numpy
+import tokenizers
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -59,3 +63,78 @@ def quick_compiles():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+  """Returns a Hugging Face folder: a four-layer Llama of random weights.
+
+  Its tokenizer has a token a byte, so that every text goes in and comes out.
+  """
+  folder = tmp_path_factory.mktemp("tiny")
+  bytes_ = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  vocab = {token: at for at, token in enumerate([*bytes_, "<s>", "</s>"])}
+  inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+  inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False
+  )
+  inner.decoder = tokenizers.decoders.ByteLevel()
+  inner.add_special_tokens(["<s>", "</s>"])
+  inner.save(str(folder / "tokenizer.json"))
+  width, depth, heads, kv_heads, size, mlp = 32, 4, 4, 2, 8, 64
+  settings = {
+    "config.json": {
+      "architectures": ["LlamaForCausalLM"],
+      "model_type": "llama",
+      "vocab_size": len(vocab),
+      "hidden_size": width,
+      "num_hidden_layers": depth,
+      "num_attention_heads": heads,
+      "num_key_value_heads": kv_heads,
+      "head_dim": size,
+      "intermediate_size": mlp,
+      "rms_norm_eps": 1e-5,
+      "rope_theta": 10000.0,
+      "max_position_embeddings": 512,
+      "tie_word_embeddings": True,
+      "hidden_act": "silu",
+      "eos_token_id": vocab["</s>"],
+    },
+    "tokenizer_config.json": {
+      "eos_token": "</s>",
+      "chat_template": (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+      ),
+    },
+    "generation_config.json": {"repetition_penalty": 1.05},
+  }
+  for name, value in settings.items():
+    (folder / name).write_text(json.dumps(value))
+  shapes = {
+    "model.embed_tokens.weight": (len(vocab), width),
+    "model.norm.weight": (width,),
+  }
+  for layer in range(depth):
+    at = f"model.layers.{layer}"
+    shapes |= {
+      f"{at}.input_layernorm.weight": (width,),
+      f"{at}.post_attention_layernorm.weight": (width,),
+      f"{at}.self_attn.q_proj.weight": (heads * size, width),
+      f"{at}.self_attn.k_proj.weight": (kv_heads * size, width),
+      f"{at}.self_attn.v_proj.weight": (kv_heads * size, width),
+      f"{at}.self_attn.o_proj.weight": (width, heads * size),
+      f"{at}.mlp.gate_proj.weight": (mlp, width),
+      f"{at}.mlp.up_proj.weight": (mlp, width),
+      f"{at}.mlp.down_proj.weight": (width, mlp),
+    }
+  draw = np.random.default_rng(0).standard_normal
+  safetensors.numpy.save_file(
+    {
+      name: np.ones(shape, np.float32)
+      if "norm" in name
+      else (draw(shape) / np.sqrt(shape[-1])).astype(np.float32)
+      for name, shape in shapes.items()
+    },
+    folder / "model.safetensors",
+  )
+  return folder

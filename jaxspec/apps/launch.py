@@ -118,6 +118,23 @@ def define_model_flags(values: flags.FlagValues) -> None:
   )
 
 
+def define_place_flags(values: flags.FlagValues) -> None:
+  """Defines the flags that say where programs lie and run."""
+  flags.DEFINE(
+    _Pairs(int, "data=1,tensor=2"),
+    "mesh",
+    None,
+    "devices along each mesh axis, as data=1,tensor=2",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "compilation_cache_dir",
+    None,
+    "where compiled programs are kept between runs; empty keeps none",
+    flag_values=values,
+  )
+
+
 def define_generator_flags(values: flags.FlagValues) -> None:
   """Defines the flags of `Generator.load`."""
   define_model_flags(values)
@@ -158,19 +175,7 @@ def define_generator_flags(values: flags.FlagValues) -> None:
     "a file of jaxspec/caches, with options as in paged:page=64,pages=100",
     flag_values=values,
   )
-  flags.DEFINE(
-    _Pairs(int, "data=1,tensor=2"),
-    "mesh",
-    None,
-    "devices along each mesh axis, as data=1,tensor=2",
-    flag_values=values,
-  )
-  flags.DEFINE_string(
-    "compilation_cache_dir",
-    None,
-    "where compiled programs are kept between runs; empty keeps none",
-    flag_values=values,
-  )
+  define_place_flags(values)
   flags.DEFINE_string(
     "profile_dir", None, "write an XProf trace there", flag_values=values
   )

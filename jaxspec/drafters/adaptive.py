@@ -140,6 +140,9 @@ class Adaptive(Drafter):
         running=state.running.at[rows].set(True, mode="drop"))
 
   def propose(self, model, seq, request, state):
+    if self.drafter.paced:
+      return self._pace(model, seq, request, state)
+
     def ask():
       made, inner = self.drafter.propose(model, seq, request, state.inner)
       live = jnp.sum(made.alive, axis=1, dtype=jnp.int32)
@@ -163,6 +166,19 @@ class Adaptive(Drafter):
     return proposal.replace(
         live=jnp.minimum(live, most), least=least, sizes=self.sizes
     ), state.replace(inner=inner, declined=declined)
+
+  def _pace(self, model, seq, request, state):
+    """Tells a drafter how far to go, before it begins."""
+    plan = self.drafter.plan(len(seq.length))
+    expected = jnp.sum(self._expected(state, plan),
+                       axis=0, where=state.running[:, None])
+    width = self._choose(state, expected)
+    most = jnp.asarray(self.sizes)[width]
+    made, inner = self.drafter.propose(model, seq, request, state.inner, most)
+    declined = jnp.where(width > 0, 0, state.declined + 1)
+    least = jnp.where(self.forced >= 0, most, 1)
+    return made.replace(least=least, sizes=self.sizes), state.replace(
+        inner=inner, declined=declined)
 
   def observe(self, model, seq, state, proposal, scores, verdict):
     judged, right = outcome(proposal, verdict)

@@ -121,13 +121,14 @@ def published(name: str) -> Choices:
 
 
 def measure(model: Any, heads: MedusaHeads, tokens: Int[Any, "R T"],
-            length: Int[Any, "R"], *, ranks: int = 10, chunk: int = 512
-            ) -> Float[np.ndarray, "heads ranks"]:
+            length: Int[Any, "R"], *, ranks: int = 10, chunk: int = 512,
+            rows: int = 8) -> Float[np.ndarray, "heads ranks"]:
   """How often the choice of each rank of each head is right.
 
   Args:
     tokens: texts of the kind that will be decoded, padded.
     length: tokens of each.
+    rows: texts read at a time.
 
   Returns:
     Shares of all positions that have a token to compare with; what
@@ -136,11 +137,21 @@ def measure(model: Any, heads: MedusaHeads, tokens: Int[Any, "R T"],
   tokens, length = np.asarray(tokens, np.int32), np.asarray(length, np.int32)
   spare = -tokens.shape[1] % chunk if tokens.shape[1] > chunk else 0
   tokens = np.pad(tokens, ((0, 0), (0, spare)))
-  prefix = loop.prefill(model, (model.depth,), tokens, length, chunk=chunk,
-                        dtype=model.embedding[...].dtype)
-  right, asked = _ranks(model, heads, prefix.features[0], tokens, length,
-                        ranks=ranks)
-  return np.asarray(right) / np.maximum(asked, 1)[:, None]
+  # Some texts at a time, filled up with empty ones.
+  some = min(rows, len(tokens))
+  spare = -len(tokens) % some
+  tokens = np.pad(tokens, ((0, spare), (0, 0)))
+  length = np.pad(length, (0, spare), constant_values=1)
+  found = []
+  for start in range(0, len(tokens), some):
+    part = slice(start, start + some)
+    prefix = loop.prefill(model, (model.depth,), tokens[part], length[part],
+                          chunk=chunk, dtype=model.embedding[...].dtype)
+    found.append(_ranks(model, heads, prefix.features[0], tokens[part],
+                        length[part], ranks=ranks))
+  right, asked = (np.sum([np.asarray(x) for x in xs], axis=0)
+                  for xs in zip(*found))
+  return right / np.maximum(asked, 1)[:, None]
 
 
 @jax.jit(static_argnames="ranks")

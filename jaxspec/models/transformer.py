@@ -195,11 +195,20 @@ class Transformer(nnx.Module):
       x, fresh = self._block(layer, x, cache, fresh, at, angles)
     return x, fresh
 
-  def unembed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """Logits, in float32."""
+  @property
+  def unembedding(self) -> Float[Array, "V D"]:
+    return (self.embedding if self.config.tied else self.lm_head)[...]
+
+  def unembed(self, x: Float[Array, "B T D"],
+              rows: Float[Array, "W D"] | None = None
+              ) -> Float[Array, "B T _"]:
+    """Logits, in float32.
+
+    Args:
+      rows: those of the unembedding for the tokens that matter; None for all.
+    """
     x = layers.rms_norm(x, self.final_norm[...], self.config.norm_eps)
-    head = self.embedding if self.config.tied else self.lm_head
-    logits = layers.linear(x, head[...])
+    logits = layers.linear(x, self.unembedding if rows is None else rows)
     if self.config.logits_cap is not None:
       logits = self.config.logits_cap * jnp.tanh(
           logits / self.config.logits_cap)
@@ -207,7 +216,7 @@ class Transformer(nnx.Module):
 
   def _block(self, layer, x, cache, fresh, at, angles):
     c, block = self.config, self.layers[layer]
-    q, k, v = _project(block, x, angles[c.ropes[layer]], config=c)
+    q, k, v = project(block, x, angles[c.ropes[layer]], config=c)
     fresh = fresh.write(layer, at.start, k, v)
     y = cache.attend(layer, q, fresh, at, scale=c.scale,
                      window=c.windows[layer], logits_soft_cap=c.attention_cap)
@@ -219,7 +228,7 @@ class Transformer(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _project(block, x, angles, *, config):
+def project(block, x, angles, *, config):
   """Queries `[B T H K]`, keys and values `[B T G K]` of one layer."""
   c = config
   x = layers.rms_norm(x, block.attn_norm[...], c.norm_eps)

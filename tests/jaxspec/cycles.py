@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.heads import EagleHead, MedusaHeads
+from jaxspec.heads import EagleHead, ExitHead, MedusaHeads
 from jaxspec.models.transformer import Transformer, random_source
 from tests.conftest import tiny_config
 
@@ -85,6 +85,22 @@ def eagle_head(*, token: np.ndarray | int = 0, feature: np.ndarray | int = 0,
       return jnp.ones(shape)
     return random(path, shape, axes, wanted)
   return EagleHead(model(), source, taps=taps, mlp=8)
+
+
+def exit_head(layer: int = 1, *, shift: int = 0, attention: bool = False
+              ) -> ExitHead:
+  """Right, or looking `shift` places too far."""
+  random = random_source(2)
+
+  def source(path, shape, axes, wanted=None):
+    if path == "lens":
+      return jnp.asarray(10 * ahead(shift)) * (shift != 0)
+    if path.endswith("norm"):
+      return jnp.ones(shape)
+    if path in ("down", "layers.0.out"):
+      return jnp.zeros(shape)
+    return random(path, shape, axes, wanted)
+  return ExitHead(model(), source, layer=layer, mlp=8, attention=attention)
 
 
 def leaves_equal(one, other) -> bool:

@@ -20,7 +20,7 @@ import pytest
 from jaxspec import drafters, heads, loop
 from jaxspec.drafters import ngram
 from jaxspec.drafters.autoregressive import Autoregressive
-from jaxspec.heads import EagleHead, MedusaHeads
+from jaxspec.heads import EagleHead, ExitHead, MedusaHeads
 from jaxspec.profiling import count_compiles
 from jaxspec.tree import branching, chain, from_paths
 from jaxspec.verifiers.rejection import Rejection
@@ -34,6 +34,7 @@ SETTINGS = {
     "adaptive": "drafter=[prompt_lookup:length=4],costs=[1;1;1;1]",
     "cascade": "models=[self:layers=0;self:int8],length=3",
     "draft_model": "model=[self:layers=0],length=3",
+    "early_exit": "heads=[{file}],widths=[2;1;1]",
     "eagle": "heads=[{file}],nodes=8,depth=2,width=4",
     "lookahead": "window=3,levels=2,guesses=3,buckets=16",
     "medusa": "heads=[{file}],nodes=16",
@@ -78,7 +79,9 @@ FILES = {
     "medusa": lambda path, small, _: heads.save(
         path, MedusaHeads.init(small), small),
     "eagle": lambda path, small, _: heads.save(
-        path, EagleHead.init(small), small)}
+        path, EagleHead.init(small), small),
+    "early_exit": lambda path, small, _: heads.save(
+        path, ExitHead.init(small, layer=1, attention=True), small)}
 
 
 @pytest.fixture(scope="module")

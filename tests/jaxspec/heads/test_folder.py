@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from jaxspec import heads, sharding
 from jaxspec.errors import InputError
-from jaxspec.heads import EagleHead, MedusaHeads
+from jaxspec.heads import EagleHead, ExitHead, MedusaHeads
 from jaxspec.models.transformer import Transformer, random_source
 from tests.conftest import tiny_config
 from tests.jaxspec import cycles
@@ -30,6 +30,9 @@ KINDS = {
     "eagle": EagleHead.init,
     "eagle trimmed": lambda model: EagleHead.init(
         model, taps=[0, 0, 1, 2], mlp=8, tokens=range(7, 50)),
+    "exit": lambda model: ExitHead.init(model, layer=1),
+    "exit trimmed": lambda model: ExitHead.init(
+        model, layer=1, mlp=8, attention=True, tokens=range(7, 50)),
 }
 
 
@@ -81,12 +84,6 @@ def test_heads_lie_beside_the_model(tmp_path):
   assert found.layers[0].qkv[...].dtype == jnp.bfloat16
   assert found.layers[0].attn_norm[...].dtype == jnp.float32
   assert found.layers[0].qkv[...].sharding.spec[0] == "tensor"
-
-
-@pytest.mark.parametrize("depth, taps", [
-    (1, (0, 0, 1)), (2, (0, 1, 2)), (4, (1, 2, 2)), (32, (2, 16, 29))])
-def test_taps_are_low_middle_and_high(depth, taps):
-  assert heads.default_taps(depth) == taps
 
 
 # Another model.
@@ -162,7 +159,13 @@ def test_heads_of_another_model_are_refused(small, tiny, tmp_path):
     ("eagle", dict(taps=[0, 1]), "'fuse_weight' is"),
     ("eagle", dict(mlp=7), "'layers.0.gate' is"),
     ("eagle", dict(mlp=0), "mlp must be an integer"),
-    ("eagle trimmed", dict(vocabulary=None), "has no place")])
+    ("eagle trimmed", dict(vocabulary=None), "has no place"),
+    ("exit", dict(layer=2), r"layer must be an integer in \[1, 1\], got 2"),
+    ("exit", dict(layer=None), "layer must be an integer"),
+    ("exit", dict(mlp=7), "'gate' is"),
+    ("exit", dict(attention=True), "no tensor 'layers.0.attn_norm'"),
+    ("exit", dict(attention=1), "attention must be true or false"),
+    ("exit trimmed", dict(attention=False), "has no place")])
 def test_configs_that_say_something_else_are_refused(
     small, tmp_path, kind, change, words):
   heads.save(tmp_path, KINDS[kind](small), small)

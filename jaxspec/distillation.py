@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Teaching heads what their model will say.
+
+The frozen model reads a text once. Below the layers where heads sit, its
+stream is what they see; on top, its law of every next token is what they have
+to learn, the whole of it and not the likeliest token alone (Kangaroo,
+arXiv:2404.18911). So any number of heads learn from one pass, and from text
+the model wrote itself they learn what it does in use.
+
+What a run does depends on its recipe and on the number of the step alone: one
+that was killed goes on from its last checkpoint and ends in the same weights.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxspec import loop
+from jaxspec.corpus import Text
+from jaxspec.errors import InputError
+from jaxspec.heads import ExitHead, MedusaHeads
+from jaxspec.heads.base import dtype_of
+from jaxspec.models.transformer import Transformer
+
+PLACES = 33           # of answers that are told apart, the last for the rest
+# By name; and their weights, in float32, by name.
+Heads = Mapping[str, Any]
+# Those that learn here.
+TAUGHT = (ExitHead, MedusaHeads)
+Weights = dict[str, dict[str, Float[Array, "..."]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How heads are taught.
+
+  Attributes:
+    steps: batches in all.
+    tokens: of a batch, padding included.
+    widths: of batches, ascending; a text goes into the narrowest that holds
+      it, and is cut to the last.
+    rate: the highest learning rate, reached after `warmup` of all steps; from
+      there it falls to 0 along a cosine.
+    decay: of weights.
+    clip: the largest norm of the gradients of one head.
+    opening: what each of the first `opening_tokens` of an answer counts: they
+      are what an early first token is judged by.
+    prompts: what tokens of prompts count.
+    ahead: what each further Medusa head counts, relative to the one before.
+    seed: of the order of texts.
+  """
+
+  steps: int = 1000
+  tokens: int = 2048
+  widths: tuple[int, ...] = (128, 256, 512)
+  rate: float = 1e-3
+  warmup: float = 0.05
+  decay: float = 0.01
+  clip: float = 1.0
+  opening: float = 3.0
+  opening_tokens: int = 8
+  prompts: float = 0.3
+  ahead: float = 0.8
+  seed: int = 0
+
+
+@struct.dataclass
+class Batch:
+  """Texts side by side.
+
+  Attributes:
+    length: tokens of each text; what is beyond is padding.
+    prompt_length: of these, the prompt's.
+  """
+
+  tokens: Int[Array, "B T"]
+  length: Int[Array, "B"]
+  prompt_length: Int[Array, "B"]
+
+
+@struct.dataclass
+class Lesson:
+  """What training has made so far: all of it that a checkpoint must keep."""
+
+  weights: Weights
+  moments: dict[str, Any]
+  step: Int[Array, ""]
+
+
+@struct.dataclass
+class Marks:
+  """How a head did on a batch.
+
+  Attributes:
+    loss: mean soft cross-entropy, in nats.
+    agreed: how often its likeliest token was the model's, by how many places
+      it looks ahead and by the token's place in the answer; the last of
+      `PLACES` stands for all beyond.
+    asked: of how many tokens.
+  """
+
+  loss: Float[Array | np.ndarray, ""]
+  agreed: Float[Array | np.ndarray, "ahead places"]
+  asked: Float[Array | np.ndarray, "ahead places"]
+
+
+# Texts, in an order that depends on the number of the step alone.
+
+
+class Order:
+  """Which texts are read at each step.
+
+  In a round every text is read once. Texts of a batch are about equally long,
+  so that little is padding.
+  """
+
+  def __init__(self, texts: Sequence[Text], recipe: Recipe):
+    if not texts:
+      raise InputError("there is no text to learn from")
+    self._texts, self._recipe = texts, recipe
+    lengths = np.array([len(text.tokens) for text in texts])
+    widths = np.array(recipe.widths)
+    self._shelf = np.minimum(np.searchsorted(widths, lengths), len(widths) - 1)
+    self._rows = [max(recipe.tokens // width, 1) for width in recipe.widths]
+    self._counts = [-(-int(np.sum(self._shelf == shelf)) // rows)
+                    for shelf, rows in enumerate(self._rows)]
+
+  def batch(self, step: int) -> Batch:
+    turn, place = divmod(step, sum(self._counts))
+    rng = np.random.default_rng([self._recipe.seed, turn])
+    orders = [rng.permutation(np.flatnonzero(self._shelf == shelf))
+              for shelf in range(len(self._rows))]
+    spots = [(shelf, nth) for shelf, count in enumerate(self._counts)
+             for nth in range(count)]
+    shelf, nth = spots[rng.permutation(len(spots))[place]]
+    rows = self._rows[shelf]
+    # The last batch of a shelf is filled up from its beginning.
+    which = np.resize(np.roll(orders[shelf], -nth * rows), rows)
+    return batch_of([self._texts[i] for i in which],
+                    self._recipe.widths[shelf])
+
+
+def batch_of(texts: Sequence[Text], width: int) -> Batch:
+  """Texts side by side, cut to `width`."""
+  tokens = np.zeros((len(texts), width), np.int32)
+  length = np.array([min(len(t.tokens), width) for t in texts], np.int32)
+  for row, text in zip(tokens, texts):
+    kept = text.tokens[:width]
+    row[:len(kept)] = kept
+  prompt = np.minimum([t.prompt_length for t in texts], length)
+  return Batch(jnp.asarray(tokens), jnp.asarray(length),
+               jnp.asarray(prompt, jnp.int32))
+
+
+def frequent(texts: Sequence[Text], count: int, vocab: int
+             ) -> Int[np.ndarray, "W"]:
+  """The most frequent tokens of answers, ascending."""
+  seen = np.zeros(vocab, np.int64)
+  for text in texts:
+    np.add.at(seen, np.asarray(text.tokens[text.prompt_length:], np.int64), 1)
+  # Among equals the lower id, which byte-pair merging made earlier.
+  return np.sort(np.argsort(-seen, kind="stable")[:count]).astype(np.int32)
+
+
+# What is seen and what is to be said.
+
+
+def see(model: Transformer, heads: Heads, batch: Batch
+        ) -> dict[int, Float[Array, "B T D"]]:
+  """The model's stream below every layer where a head reads, and the top."""
+  taps = tuple(sorted({model.depth} | {
+      head.layer for head in heads.values() if isinstance(head, ExitHead)}))
+  prefix = loop.prefill(model, taps, batch.tokens, batch.length,
+                        chunk=batch.tokens.shape[1],
+                        dtype=jnp.dtype(dtype_of(model)))
+  return dict(zip(taps, prefix.features))
+
+
+def counted(batch: Batch, recipe: Recipe) -> Float[Array, "B T"]:
+  """What the law of the token behind each counts; 0 where there is none."""
+  at = jnp.arange(batch.tokens.shape[1])[None] + 1
+  nth = at - batch.prompt_length[:, None]              # of the answer
+  weight = jnp.where(nth < 0, recipe.prompts, 1.0)
+  opening = (nth >= 0) & (nth < recipe.opening_tokens)
+  # A text without a prompt is no answer, and has no opening.
+  opening &= batch.prompt_length[:, None] > 0
+  weight = jnp.where(opening, recipe.opening, weight)
+  return jnp.where(at < batch.length[:, None], weight, 0.0)
+
+
+def told(head: Any, model: Transformer,
+         seen: Mapping[int, Float[Array, "B T D"]]
+         ) -> list[Float[Array, "B T W"]]:
+  """Logits of a head behind every token, by how far it looks ahead."""
+  if isinstance(head, ExitHead):
+    return [head(model, head.attended(seen[head.layer]))]
+  y = head(seen[model.depth])
+  return [head.logits(model, y[:, :, n]) for n in range(head.count)]
+
+
+def judge(head: Any, model: Transformer,
+          seen: Mapping[int, Float[Array, "B T D"]], batch: Batch,
+          recipe: Recipe) -> Marks:
+  """How far a head's laws are from the model's.
+
+  Both are compared on the tokens the head can say. Where the text goes on with
+  another there is nothing to learn, and all it says is wrong.
+  """
+  rows = getattr(head, "rows", None)
+  laws = jax.lax.stop_gradient(
+      model.unembed(seen[model.depth], None if rows is None else rows[...]))
+  weight = counted(batch, recipe)
+  at = jnp.arange(batch.tokens.shape[1])[None] + 1
+  nth = at - batch.prompt_length[:, None]              # of the answer
+  answer = (nth >= 0) & (weight > 0)
+  sayable = _next_sayable(head, batch.tokens)
+  # A Medusa head looks one further than the model, an exit head as far.
+  first = 1 if isinstance(head, MedusaHeads) else 0
+  loss, scale, agreed, asked = jnp.zeros(()), 0.0, [], []
+  for number, logits in enumerate(told(head, model, seen)):
+    ahead, share = first + number, recipe.ahead**number
+
+    def cut(x, ahead=ahead):
+      return x[:, ahead:]
+
+    logits = logits[:, :logits.shape[1] - ahead]
+    able = cut(sayable)
+    each = _cross_entropy(cut(laws), logits)
+    w = cut(weight) * able
+    loss += share * jnp.sum(each * w) / jnp.maximum(jnp.sum(w), 1)
+    scale += share
+    same = jnp.argmax(logits, -1) == jnp.argmax(cut(laws), -1)
+    agreed.append(_by_place(same & cut(answer) & able, cut(nth)))
+    asked.append(_by_place(cut(answer), cut(nth)))
+  return Marks(loss / scale, jnp.stack(agreed), jnp.stack(asked))
+
+
+def _by_place(flags: Bool[Array, "B T"], nth: Int[Array, "B T"]
+              ) -> Float[Array, "places"]:
+  """How many are set at each place of an answer."""
+  here = jax.nn.one_hot(jnp.clip(nth, 0, PLACES - 1), PLACES)
+  return jnp.sum(jnp.where(flags[..., None], here, 0.0), axis=(0, 1))
+
+
+def _next_sayable(head: Any, tokens: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+  """Whether a head can say what follows each token."""
+  if head.tokens is None:
+    return jnp.ones(tokens.shape, bool)
+  ids = jnp.asarray(head.tokens[...])
+  after = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+  at = jnp.minimum(jnp.searchsorted(ids, after), len(ids) - 1)
+  return ids[at] == after
+
+
+def _cross_entropy(laws: Float[Array, "B T W"], told: Float[Array, "B T W"]
+                   ) -> Float[Array, "B T"]:
+  return -jnp.sum(jax.nn.softmax(laws, axis=-1)
+                  * jax.nn.log_softmax(told, axis=-1), axis=-1)
+
+
+# Training.
+
+
+def begin(heads: Heads, recipe: Recipe) -> Lesson:
+  """Before the first step."""
+  weights = {name: {path: jnp.array(value, jnp.float32)
+                    for path, value in head.tensors().items()}
+             for name, head in heads.items()}
+  rule = _rule(recipe)
+  return Lesson(weights, {name: rule.init(w) for name, w in weights.items()},
+                jnp.zeros((), jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("recipe",),
+                   donate_argnames=("lesson",))
+def advance(model: Transformer, heads: Heads, lesson: Lesson, batch: Batch,
+            recipe: Recipe) -> tuple[Lesson, dict[str, Marks]]:
+  """One step of every head, from one pass of the model."""
+  seen = jax.lax.stop_gradient(see(model, heads, batch))
+  rule, weights, moments, marks = _rule(recipe), {}, {}, {}
+  for name, head in heads.items():
+    def loss(w, head=head):
+      found = judge(head.like(model, w), model, seen, batch, recipe)
+      return found.loss, found
+
+    old = lesson.weights[name]
+    slope, marks[name] = jax.grad(loss, has_aux=True)(old)
+    change, moments[name] = rule.update(slope, lesson.moments[name], old)
+    weights[name] = optax.apply_updates(old, change)
+  return Lesson(weights, moments, lesson.step + 1), marks
+
+
+@functools.partial(jax.jit, static_argnames=("recipe",))
+def examine(model: Transformer, heads: Heads, batch: Batch, recipe: Recipe
+            ) -> dict[str, Marks]:
+  """What heads would be told of a batch, without learning from it."""
+  seen = see(model, heads, batch)
+  return {name: judge(head, model, seen, batch, recipe)
+          for name, head in heads.items()}
+
+
+def taught(model: Transformer, heads: Heads, lesson: Lesson) -> dict[str, Any]:
+  """The heads as they are now, in the dtype of their model."""
+  return {name: head.like(model, lesson.weights[name])
+          for name, head in heads.items()}
+
+
+def _rule(recipe: Recipe) -> optax.GradientTransformation:
+  warm = max(int(recipe.steps * recipe.warmup), 1)
+  rate = optax.warmup_cosine_decay_schedule(
+      0.0, recipe.rate, warm, max(recipe.steps, warm + 1))
+  return optax.chain(
+      optax.clip_by_global_norm(recipe.clip),
+      optax.adamw(rate, b2=0.99, weight_decay=recipe.decay,
+                  mask=lambda w: jax.tree.map(lambda x: x.ndim > 1, w)))

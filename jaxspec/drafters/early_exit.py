@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Early exit: the lower layers and a head draft, the rest of them verify.
+
+The model's own lower layers take the root and every draft, one depth of the
+tree after another, and a head on top of them says what follows. The proposal
+is a head start: verification takes up where drafting ended, so that no layer
+runs twice on a token (LayerSkip, arXiv:2404.16710). Drafts are drawn with the
+noise of the model's own samples, so that a head that knows the law says the
+very token.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxspec import heads as heads_lib
+from jaxspec import naming, sampling
+from jaxspec.base import (
+  Drafter,
+  HeadStart,
+  Model,
+  Proposal,
+  Request,
+  Sequences,
+)
+from jaxspec.caches import Cache, Fresh, Place
+from jaxspec.caches.contiguous import ContiguousCache
+from jaxspec.errors import InputError, nearest
+from jaxspec.heads import ExitHead
+from jaxspec.tree import Choices, Tree, closed, from_paths
+
+_CHUNK = 512
+MEASURES = ("top", "margin", "entropy")
+
+
+@struct.dataclass
+class ExitState:
+  """What the attention of a head has read; nothing where it has none.
+
+  Attributes:
+    cache: of the committed text.
+    fresh: of the nodes of the last proposal.
+  """
+
+  cache: Cache | None = None
+  fresh: Fresh | None = None
+
+
+@struct.dataclass
+class EarlyExit(Drafter):
+  """Drafts what the head says, depth by depth.
+
+  Attributes:
+    choices: the ranks taken on the way to each node.
+    stop: a row drafts no further behind a node whose confidence is less.
+    measure: of confidence: `top`, the probability of the likeliest token;
+      `margin`, by how much it exceeds that of the next; `entropy`, one minus
+      the entropy as a share of the largest there can be.
+    cache_dtype: of the keys and values of the head's attention.
+  """
+
+  head: ExitHead
+  choices: Choices = struct.field(pytree_node=False)
+  stop: float = struct.field(pytree_node=False, default=0.0)
+  measure: str = struct.field(pytree_node=False, default="top")
+  cache_dtype: str = struct.field(pytree_node=False, default="float32")
+
+  paced = True
+
+  @classmethod
+  def build(cls, target: Any, heads: Any = "", layer: Any = 0, length: Any = 4,
+            widths: Any = "", stop: Any = 0.0, measure: Any = "top"
+            ) -> "EarlyExit":
+    """For the target.
+
+    Args:
+      heads: a folder with a trained head.
+      layer: in its place, how many layers lie below the plain early exit.
+      length: tokens of a chain.
+      widths: in its place, how many children the nodes of each depth have, as
+        in `[3;2;1]`: a tree.
+      stop: the least confidence with which a row drafts further.
+      measure: of confidence.
+    """
+    naming.whole("early_exit", "length", length, 1, 64)
+    stop = naming.number("early_exit", "stop", stop, 0, 1)
+    if measure not in MEASURES:
+      raise InputError(f"early_exit: measure {measure!r} is unknown; there are "
+                       f"{', '.join(MEASURES)}.{nearest(measure, MEASURES)}")
+    depth = target.model.depth
+    if bool(heads) == bool(layer):
+      raise InputError("early_exit needs heads=FOLDER, a folder with a trained "
+                       "head, or layer=N for the plain early exit")
+    if layer:
+      naming.whole("early_exit", "layer", layer, 1, depth - 1)
+      head = ExitHead.init(target.model, layer=layer)
+    else:
+      head = heads_lib.load(str(heads), target.model, "exit").heads
+    choices = _bushy(str(widths)) if widths else tuple(
+        (0,) * d for d in range(1, length + 1))
+    return cls(head, choices, stop, measure, target.cache_dtype)
+
+  @property
+  def taps(self):
+    return (self.head.layer,)
+
+  @property
+  def tree(self) -> Tree:
+    return from_paths(self.choices)
+
+  @property
+  def priors(self):
+    widest = max(choice[-1] for choice in self.choices) + 1
+    return tuple(0.5 ** (rank + 1) for rank in range(widest))
+
+  def init(self, model, rows, capacity):
+    if not self.head.depth:
+      return ExitState()
+    cache = self.head.init_cache(ContiguousCache, rows, capacity,
+                                 jnp.dtype(self.cache_dtype))
+    return ExitState(cache, self.head.init_fresh(cache, self.size))
+
+  def insert(self, model, state, rows, prefix, request):
+    if state.cache is None:
+      return state
+    cache = self._read(prefix.features[0], prefix.length)
+    return state.replace(cache=state.cache.insert(rows, cache, request.limit))
+
+  def plan(self, rows: int) -> Proposal:
+    tokens = jnp.zeros((rows, self.size), jnp.int32)
+    return Proposal(tokens, self.tree, kinds=jnp.broadcast_to(
+        self._ranks()[None], tokens.shape))
+
+  def propose(self, model, seq, request, state, most=None):
+    tree, rows = self.tree, len(seq.length)
+    most = tree.size if most is None else most
+    positions = seq.cache.length[:, None] + tree.depths[None]
+    x = jax.eval_shape(model.embed, seq.tail())
+    walk = _Walk(
+        tokens=jnp.zeros((rows, tree.size), jnp.int32).at[:, :1].set(
+            seq.tail()),
+        x=jnp.zeros((rows, tree.size, x.shape[-1]), x.dtype),
+        fresh=model.init_fresh(seq.cache, tree.size),
+        own=state.fresh,
+        live=jnp.ones(rows, jnp.int32), wants=jnp.ones(rows, bool))
+    for depth in range(tree.height + 1):
+      level = np.flatnonzero(tree.depths == depth)
+      below = np.flatnonzero(tree.depths == depth + 1)
+
+      def go(walk, level=level, below=below):
+        y, walk = self._take(model, seq, state.cache, positions, walk, level)
+
+        def say(walk):
+          return self._say(model, seq, request, positions, walk, level, below,
+                           y)
+        if not len(below):
+          return walk
+        return lax.cond(below[0] < most, say, lambda walk: walk, walk)
+      walk = go(walk) if not depth else lax.cond(
+          jnp.any(walk.wants) & (level[0] < most), go, lambda walk: walk, walk)
+    # Rows that stop need no pass as wide as the tree.
+    ends = np.cumsum(np.bincount(tree.depths)).tolist() if self.stop else ()
+    return self.plan(rows).replace(
+        tokens=walk.tokens, live=jnp.minimum(walk.live, most),
+        sizes=tuple(ends),
+        head_start=HeadStart(walk.x, walk.fresh, self.head.layer)
+    ), state.replace(fresh=walk.own)
+
+  def observe(self, model, seq, state, proposal, scores, verdict):
+    if state.cache is None:
+      return state
+    return state.replace(cache=state.cache.commit(
+        state.fresh, verdict.path, verdict.kept))
+
+  def _take(self, model: Model, seq: Sequences, cache: Cache | None,
+            positions: Int[Array, "B N"], walk: "_Walk", level: np.ndarray
+            ) -> tuple[Float[Array, "B T D"], "_Walk"]:
+    """Takes one depth of the tree through the lower layers, and what the head
+    has beside them."""
+    first = int(level[0])
+    at = Place.of(positions, jnp.asarray(self.tree.mask[level]), first)
+    x, fresh = model.extend(
+        model.embed(walk.tokens[:, level]), seq.cache, walk.fresh, at,
+        layers=range(self.head.layer))
+    y, own = x, walk.own
+    if cache is not None:
+      y, own = self.head.extend(x, cache, own, at, layers=range(1))
+    return y, walk.replace(
+        fresh=fresh, own=own,
+        x=lax.dynamic_update_slice_in_dim(walk.x, x, first, axis=1))
+
+  def _say(self, model: Model, seq: Sequences, request: Request,
+           positions: Int[Array, "B N"], walk: "_Walk", level: np.ndarray,
+           below: np.ndarray, y: Float[Array, "B T D"]) -> "_Walk":
+    """Fills the next depth of the tree with what the head says."""
+    tree, rank, tokens = self.tree, self._ranks(), walk.tokens
+    parents = np.unique(np.array(tree.parents)[below])
+    logits = self.head(model, y[:, np.searchsorted(level, parents)])
+    history = sampling.History(
+        seq.tokens, seq.prompt_length, seq.length, tokens,
+        jnp.broadcast_to(jnp.asarray(tree.mask), (*tokens.shape, tree.size)))
+    for column, parent in enumerate(parents):
+      children = np.array([n for n in below if tree.parents[n] == parent])
+      law = sampling.warp(
+          self._whole(logits[:, column], model.vocab), request.sampling,
+          history, jnp.full_like(walk.live, parent))
+      said = sampling.draws(law, request.sampling, positions[:, parent] + 1,
+                            int(rank[children].max()) + 1)
+      tokens = tokens.at[:, children].set(said[:, rank[children]])
+    # The first node of a depth is on the likeliest path.
+    sure = confidence(logits[:, 0], self.measure) >= self.stop
+    wants = walk.wants & sure
+    return walk.replace(tokens=tokens, wants=wants, live=jnp.where(
+        wants, int(below[-1]) + 1, walk.live))
+
+  def _ranks(self) -> Int[np.ndarray, "N"]:
+    """Of each node among its siblings; nodes as `from_paths` puts them."""
+    paths = sorted(closed(self.choices), key=lambda c: (len(c), c))
+    return np.array([0, *(path[-1] for path in paths)], np.int32)
+
+  def _whole(self, logits: Float[Array, "B W"], vocab: int
+             ) -> Float[Array, "B V"]:
+    """Logits of all tokens; what the head cannot say has none."""
+    if self.head.tokens is None:
+      return logits
+    return jnp.full((len(logits), vocab), -jnp.inf).at[
+        :, self.head.tokens[...]].set(logits)
+
+  def _read(self, features: Float[Array, "R T D"], length: Int[Array, "R"]
+            ) -> ContiguousCache:
+    """The cache of the head's attention behind each prompt."""
+    count = min(features.shape[1], _CHUNK)
+    room = -(-features.shape[1] // count) * count
+    features = jnp.pad(features, ((0, 0), (0, room - features.shape[1]),
+                                  (0, 0)))
+
+    def body(i, cache):
+      x = lax.dynamic_slice_in_dim(features, i * count, count, axis=1)
+      nth = jnp.broadcast_to(jnp.arange(count)[None], x.shape[:2])
+      at = Place.of(cache.length[:, None] + nth,
+                    jnp.tril(jnp.ones((count, count), bool)))
+      _, fresh = self.head.extend(x, cache, self.head.init_fresh(cache, count),
+                                  at, layers=range(1))
+      return cache.commit(fresh, nth, jnp.clip(length - i * count, 0, count))
+
+    cache = self.head.init_cache(ContiguousCache, len(length), room,
+                                 jnp.dtype(self.cache_dtype))
+    chunks = (jnp.max(length) + count - 1) // count
+    return lax.fori_loop(0, chunks, body, cache)
+
+
+@struct.dataclass
+class _Walk:
+  """A proposal in the making.
+
+  Attributes:
+    x: below the exit, of every node that was taken there.
+    fresh: keys and values of the lower layers.
+    own: of the head's attention.
+    wants: rows that draft further.
+  """
+
+  tokens: Int[Array, "B N"]
+  x: Float[Array, "B N D"]
+  fresh: Fresh
+  own: Fresh | None
+  live: Int[Array, "B"]
+  wants: Bool[Array, "B"]
+
+
+def confidence(logits: Float[Array, "B V"], measure: str) -> Float[Array, "B"]:
+  """How sure a head is, in [0, 1]; see `EarlyExit.measure`."""
+  p = jax.nn.softmax(logits, axis=-1)
+  if measure == "entropy":
+    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(p), 0.0), axis=-1)
+    return 1 - entropy / np.log(logits.shape[-1])
+  if measure == "top":
+    return jnp.max(p, axis=-1)
+  best = lax.top_k(p, 2)[0]
+  return best[:, 0] - best[:, 1]
+
+
+def _bushy(text: str) -> Choices:
+  """All choices of so many children at each depth."""
+  try:
+    widths = [int(width) for width in text.split(";")]
+  except ValueError:
+    widths = [0]
+  size = 1
+  for width in reversed(widths):
+    size = 1 + width * size
+  if min(widths) < 1 or len(widths) > 64 or size > 513:
+    raise InputError("early_exit: widths must be a few positive integers, as "
+                     f"in [3;2;1], that make at most 512 nodes, got {text!r}")
+  choices, level = [], [()]
+  for width in widths:
+    level = [(*path, rank) for path in level for rank in range(width)]
+    choices += level
+  return tuple(choices)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The train_heads command: from prompts to folders of heads.
+
+Held here: what it writes loads and drafts; a run that was stopped while it
+answered or learnt goes on, and ends as one that was not; prompts longer than a
+text are left out; what cannot be is refused before any work.
+"""
+
+import json
+import pathlib
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from jaxspec import __main__ as front_door
+from jaxspec import heads, training
+from jaxspec.generator import Generator
+from tests.jaxspec import cycles
+
+HEADS = ("--heads=exit:layer=2,mlp=16,attention=True,tokens=60",
+         "--heads=medusa:heads=2")
+
+
+def run(model, output, *argv):
+  return front_door.main([
+      "train_heads", "--compilation_cache_dir=", f"--model={model}",
+      "--dtype=float32", f"--output={output}", "--answer_tokens=8",
+      "--longest=64", "--steps=6", "--batch_tokens=128", *argv])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  path = tmp_path_factory.mktemp("data") / "in.jsonl"
+  lines = [{"prompt": f"what is {n}?"} for n in range(7)]
+  lines += [{"text": f"the number {n} is a number" * 3} for n in range(11)]
+  lines += [{"prompt": "too long " * 20}, {"messages": [
+      {"role": "user", "content": "hi"},
+      {"role": "assistant", "content": "hello"}]}]
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  return path
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, data, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("run") / "whole"
+  assert run(tiny_model, folder, *HEADS, f"--data={data}") == 0
+  return folder
+
+
+def loaded(folder, model):
+  return [heads.load(folder / name, model, kind).heads for name, kind in
+          (("exit_2", "exit"), ("medusa", "medusa"))]
+
+
+def test_what_it_writes_drafts(whole, tiny_model):
+  plain = Generator.load(str(tiny_model), dtype="float32", capacity=64)
+  head, medusa = loaded(whole, plain.model)
+  assert head.layer == 2 and len(head.tokens[...]) == 60 and medusa.count == 2
+  options = plain.default_options(max_new_tokens=16)
+  wanted = plain.generate(["what is 3?"], options)[0].token_ids
+  for drafter in (f"early_exit:heads=[{whole / 'exit_2'}],length=2",
+                  f"medusa:heads=[{whole / 'medusa'}],nodes=8"):
+    generator = Generator.load(str(tiny_model), dtype="float32", capacity=64,
+                               drafter=drafter)
+    (found,) = generator.generate(["what is 3?"], options)
+    assert found.token_ids == wanted
+    assert found.stats.drafted > 0
+
+
+def test_it_tells_what_came_of_it(whole):
+  report = json.loads((whole / "report.json").read_text())
+  assert sorted(report) == ["exit_2", "medusa"]
+  assert len(report["medusa"]["agreement"]) == 2
+  for found in report.values():
+    assert found["tokens"] > 0 and found["learnt_texts"] == 17
+    assert all(0 <= x <= 1 for x in found["agreement"] + found["untrained"])
+  assert len(training.read_curve(whole)) == 6
+  assert (whole / "curve.png").read_bytes()[:4] == b"\x89PNG"
+  config = json.loads((whole / "medusa" / "config.json").read_text())
+  assert np.array(config["accuracy"]).shape == (2, 10)
+  answers = [json.loads(line) for line in
+             (whole / "answers.jsonl").read_text().splitlines()]
+  assert [len(a["token_ids"]) for a in answers] == [8] * 7
+
+
+@pytest.mark.parametrize("stage", ["answering", "learning"])
+def test_a_stopped_run_goes_on(whole, tiny_model, data, tmp_path, stage,
+                               monkeypatch, capsys):
+  class Stop(Exception):
+    pass
+
+  generate, save = Generator.generate, training._Curve.add
+
+  def some(self, prompts, options, *, on_completion):
+    def told(index, completion):
+      on_completion(index, completion)
+      if index == 2:
+        raise KeyboardInterrupt
+    return generate(self, prompts, options, on_completion=told)
+
+  def stop(self, step, marks):
+    save(self, step, marks)
+    if step == 4:
+      raise KeyboardInterrupt
+
+  argv = (*HEADS, f"--data={data}")
+  with monkeypatch.context() as patch:
+    if stage == "answering":
+      patch.setattr(Generator, "generate", some)
+    else:
+      patch.setattr(training._Curve, "add", stop)
+    assert run(tiny_model, tmp_path / "run", *argv) == 130
+  assert run(tiny_model, tmp_path / "run", *argv) == 2
+  assert "pass --resume" in capsys.readouterr().err
+  assert run(tiny_model, tmp_path / "run", *argv, "--steps=7",
+             "--resume") == 2
+  assert "--steps=6, and 7 is asked for" in capsys.readouterr().err
+  assert run(tiny_model, tmp_path / "run", *argv, "--resume") == 0
+  for name in ("answers.jsonl", "prompts.jsonl", "report.json",
+               training.CURVE):
+    assert (tmp_path / "run" / name).read_text() == (whole / name).read_text()
+  model = Generator.load(str(tiny_model), dtype="float32", capacity=64).model
+  assert all(cycles.leaves_equal(a.tensors(), b.tensors()) for a, b in
+             zip(loaded(whole, model), loaded(tmp_path / "run", model)))
+
+
+def test_the_model_may_write_the_prompts(tiny_model, tmp_path, monkeypatch):
+  from jaxspec import corpus
+  asked = []
+
+  def invent(generator, count, *, seed, on_progress):
+    asked.append((count, seed))
+    return [[{"role": "user", "content": f"number {n}?"}] for n in range(count)]
+
+  monkeypatch.setattr(corpus, "invent", invent)
+  assert run(tiny_model, tmp_path / "run", "--heads=medusa:heads=1",
+             "--data=self:20", "--seed=5", "--steps=2") == 0
+  assert asked == [(20, 5)]
+  lines = (tmp_path / "run" / "prompts.jsonl").read_text().splitlines()
+  assert len(lines) == 20 and "number 19?" in lines[-1]
+
+
+def test_a_data_set_of_the_hub(tiny_model, data, tmp_path, monkeypatch):
+  place = tmp_path / "snapshot"
+  (place / "train").mkdir(parents=True)
+
+  def download(name, repo_type, allow_patterns):
+    assert (name, repo_type) == ("some/set", "dataset")
+    return str(place)
+
+  hub = types.SimpleNamespace(snapshot_download=download)
+  monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+  argv = ("--heads=medusa:heads=1", "--data=some/set", "--steps=2")
+  assert run(tiny_model, tmp_path / "empty", *argv) == 2
+  (place / "train" / "a.jsonl").write_text(data.read_text())
+  assert run(tiny_model, tmp_path / "run", *argv) == 0
+
+
+@pytest.mark.parametrize("argv, words", [
+    ((), "--heads is missing"),
+    (("--heads=medusa",), "--data is missing"),
+    (("--heads=medusa", "--data=nowhere.jsonl"), "nowhere.jsonl: No such"),
+    (("--heads=eagle", "--data=x"), "of this kind are not taught"),
+    (("--heads=eggle", "--data=x"), "Did you mean 'eagle'"),
+    (("--heads=exit", "--data=x"), r"exit needs layer=N in [1, 3]"),
+    (("--heads=exit:layer=4", "--data=x"), r"integer in [1, 3], got 4"),
+    (("--heads=exit:layer=1,attention=2", "--data=x"), "True or False"),
+    (("--heads=exit:layer=1,tokens=9999", "--data=x"), "tokens must be"),
+    (("--heads=medusa:hads=2", "--data=x"), "no option 'hads=2'")])
+def test_what_cannot_be_is_refused(tiny_model, tmp_path, capsys, argv, words):
+  assert run(tiny_model, tmp_path / "run", *argv) == 2
+  err = capsys.readouterr().err
+  assert words in err and err.count("\n") == 1
+  assert not list(pathlib.Path(tmp_path).glob("run/exit*"))
+
+
+def test_a_folder_with_other_things_is_left_alone(tiny_model, tmp_path, capsys):
+  (tmp_path / "mine.txt").write_text("mine")
+  assert run(tiny_model, tmp_path, "--heads=medusa", "--data=x") == 2
+  assert "is not empty" in capsys.readouterr().err
+  assert (tmp_path / "mine.txt").read_text() == "mine"

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Early exit drafts with the lower layers, which then never run again.
+
+Held here: a head that knows is always accepted, and one that looks one place
+too far never; every layer takes every node once and no more; a row stops where
+its head is not sure, and nothing is computed when all have; the cache of the
+head's attention is that of a fresh pass, whatever was accepted; drafts at a
+temperature are the head's own samples with the model's noise.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspec import drafters, heads, loop, sampling, stages
+from jaxspec.caches import Place
+from jaxspec.caches.contiguous import ContiguousCache
+from jaxspec.drafters import early_exit
+from jaxspec.drafters.adaptive import Adaptive
+from jaxspec.drafters.autoregressive import Autoregressive
+from jaxspec.drafters.early_exit import EarlyExit
+from jaxspec.errors import InputError
+from jaxspec.heads import ExitHead
+from jaxspec.models.transformer import Transformer, random_source
+from jaxspec.verifiers.exact import exact
+from tests.jaxspec import batches, cycles
+from tests.jaxspec.batches import GREEDY, SAMPLED
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+CHAIN = ((0,), (0, 0), (0, 0, 0))
+BUSHY = ((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
+PROMPTS = [[5, 9, 2], [7], [1, 1, 4, 30, 8]]
+
+
+@pytest.mark.parametrize("choices", [CHAIN, BUSHY])
+@pytest.mark.parametrize("attention", [False, True])
+def test_a_head_that_knows_is_always_right(choices, attention):
+  drafter = EarlyExit(cycles.exit_head(attention=attention), choices)
+  state = batches.run(cycles.model(), drafter, PROMPTS, GREEDY)
+  assert batches.answers(state) == [cycles.recited(p, 24) for p in PROMPTS]
+  passes = -(-(24 - 1) // 4)
+  assert state.counters.passes.tolist() == [passes] * 3
+  assert batches.accepted(state) == 3 * (24 - 1 - passes)
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_a_head_that_looks_elsewhere_is_always_wrong(shift):
+  drafter = EarlyExit(cycles.exit_head(shift=shift), CHAIN)
+  state = batches.run(cycles.model(), drafter, PROMPTS, GREEDY)
+  assert batches.answers(state) == [cycles.recited(p, 24) for p in PROMPTS]
+  assert batches.accepted(state) == 0
+
+
+@pytest.mark.parametrize("choices", [CHAIN, BUSHY])
+def test_no_layer_takes_a_node_twice(tiny, choices, monkeypatch):
+  """Counted where layers are called: node by node and layer by layer."""
+  drafter = EarlyExit(ExitHead.init(tiny, layer=2, attention=True), choices)
+  state = batches.begin(tiny, drafter, batches.prompts(3), GREEDY)
+  taken, extend = [], Transformer.extend
+
+  def counted(self, x, cache, fresh, at, *, layers):
+    if self is tiny:
+      taken.extend((layer, at.start + n) for layer in layers
+                   for n in range(x.shape[1]))
+    return extend(self, x, cache, fresh, at, layers=layers)
+
+  monkeypatch.setattr(Transformer, "extend", counted)
+  stages.step(tiny, drafter, exact, state)
+  assert sorted(taken) == [(layer, node) for layer in range(tiny.depth)
+                           for node in range(drafter.size)]
+
+
+def test_a_row_stops_where_the_head_is_not_sure(tiny):
+  """And what is behind is not computed when no row goes on."""
+  head = cycles.exit_head()
+  model = cycles.model()
+  state = batches.begin(model, EarlyExit(head, CHAIN), PROMPTS, GREEDY)
+
+  def proposed(**settings):
+    drafter = EarlyExit(head, CHAIN, **settings)
+    proposal, _ = jax.jit(drafter.propose)(
+        model, state.seq, state.request, state.draft)
+    return proposal
+
+  assert proposed(stop=0.0).live.tolist() == [4] * 3
+  never = proposed(stop=1.0)
+  assert never.live.tolist() == [1] * 3
+  assert np.all(np.asarray(never.head_start.x)[:, 1:] == 0)
+  assert np.all(np.asarray(never.head_start.x)[:, 0].any(axis=-1))
+
+
+def test_rows_stop_each_for_itself(tiny):
+  head = ExitHead.init(tiny, layer=2)
+  prompts = batches.prompts(8)
+  state = batches.begin(tiny, EarlyExit(head, CHAIN), prompts, GREEDY)
+  sure = jax.jit(lambda: early_exit.confidence(
+      head(tiny, EarlyExit(head, CHAIN).propose(
+          tiny, state.seq, state.request, state.draft
+      )[0].head_start.x)[:, 0], "top"))()
+  stop = float(np.median(sure))
+  drafter = EarlyExit(head, CHAIN, stop=stop)
+  proposal, _ = jax.jit(drafter.propose)(
+      tiny, state.seq, state.request, state.draft)
+  live = np.asarray(proposal.live)
+  np.testing.assert_array_equal(live > 1, np.asarray(sure) >= stop)
+  assert 1 in live and live.max() > 1
+  plain = batches.run(tiny, EarlyExit(head, CHAIN), prompts, GREEDY)
+  some = batches.run(tiny, drafter, prompts, GREEDY)
+  assert batches.answers(plain) == batches.answers(some)
+  assert batches.drafted(some) < batches.drafted(plain)
+
+
+def test_no_more_is_drafted_than_pays(tiny):
+  """Of what is left out no layer is run, nor the head behind the last."""
+  model, head = cycles.model(), cycles.exit_head(attention=True)
+  chain = EarlyExit(head, CHAIN)
+  plain = batches.run(model, chain, PROMPTS, GREEDY)
+  for costs, passes in (((1, 1.1, 1.2), 6), ((1, 9, 99), 23)):
+    drafter = Adaptive.of(chain, (1, 2, 4), costs)
+    state = batches.run(model, drafter, PROMPTS, GREEDY)
+    assert batches.answers(state) == batches.answers(plain)
+    found = state.counters.passes.tolist()
+    assert max(found) <= passes + 2 and min(found) >= passes - 2, found
+  state = batches.begin(model, drafter, PROMPTS, GREEDY)
+  for forced, taken in ((0, 1), (1, 2), (2, 4)):
+    proposal, _ = jax.jit(
+        drafter.replace(forced=jnp.asarray(forced, jnp.int32)).propose)(
+            model, state.seq, state.request, state.draft)
+    assert proposal.live.tolist() == [taken] * 3
+    ran = np.asarray(proposal.head_start.x).any(axis=-1)
+    assert ran.tolist() == [[n < taken for n in range(4)]] * 3
+    said = np.asarray(proposal.tokens) != 0
+    assert not said[:, taken:].any()
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED])
+def test_adaptive_early_exit_is_exact(tiny, options):
+  head = ExitHead.init(tiny, layer=3, attention=True)
+  prompts = batches.prompts(4)
+  plain = batches.run(tiny, Autoregressive(), prompts, options)
+  drafter = Adaptive.of(EarlyExit(head, BUSHY), costs=(1, 1.1, 1.2, 1.3))
+  state = batches.run(tiny, drafter, prompts, options)
+  assert batches.answers(state) == batches.answers(plain)
+  assert batches.accepted(state) > 0
+
+
+@pytest.mark.parametrize("measure", early_exit.MEASURES)
+def test_confidence(measure):
+  p = np.array([[.7, .2, .1, 0], [.25, .25, .25, .25], [1, 0, 0, 0]])
+  wanted = {
+      "top": [.7, .25, 1], "margin": [.5, 0, 1],
+      "entropy": [1 + sum(x * np.log(x) for x in (.7, .2, .1)) / np.log(4),
+                  0, 1]}
+  with np.errstate(divide="ignore"):
+    logits = jnp.asarray(np.log(p) + 3, jnp.float32)
+  np.testing.assert_allclose(early_exit.confidence(logits, measure),
+                             wanted[measure], atol=1e-6)
+
+
+@pytest.mark.parametrize("choices", [CHAIN, BUSHY])
+def test_cache_of_its_attention_is_that_of_a_fresh_pass(tiny, choices):
+  head = ExitHead(tiny, random_source(4), layer=3, mlp=8, attention=True)
+  drafter = EarlyExit(head, choices)
+  prompts = batches.prompts(3)
+  state = batches.begin(tiny, drafter, prompts, GREEDY)
+  for steps in (1, 1, 2, 3):
+    state = batches.finish(tiny, drafter, state, steps=steps)
+    _check_cache(tiny, head, state)
+  state = batches.refill(tiny, drafter, state, [2, 0],
+                         [prompts[1], prompts[0]], GREEDY)
+  _check_cache(tiny, head, state)
+
+
+def _check_cache(model, head, state):
+  np.testing.assert_array_equal(state.draft.cache.length,
+                                state.seq.cache.length)
+  for row, text in enumerate(batches.texts_of(state)):
+    text = text[:-1]
+    tokens, lengths = batches.padded([text], 64)
+    prefix = loop.prefill(model, (head.layer,), tokens, lengths, chunk=512,
+                          dtype=jnp.dtype("float32"))
+    cache = head.init_cache(ContiguousCache, 1, 0, jnp.float32)
+    at = Place.of(jnp.arange(64)[None], jnp.tril(jnp.ones((64, 64), bool)))
+    _, fresh = head.extend(prefix.features[0], cache,
+                           head.init_fresh(cache, 64), at, layers=range(1))
+    for kept, new in zip((state.draft.cache.k, state.draft.cache.v),
+                         (fresh.k, fresh.v)):
+      np.testing.assert_allclose(
+          kept[0][row, :, :len(text)],
+          jnp.swapaxes(new[0][0], 0, 1)[:, :len(text)], atol=1e-4)
+
+
+def test_long_prompts_are_read_in_parts(tiny, monkeypatch):
+  head = ExitHead(tiny, random_source(4), layer=2, mlp=8, attention=True)
+  drafter = EarlyExit(head, CHAIN)
+  prompts = [p * 3 for p in batches.prompts(3)]
+  monkeypatch.setattr(early_exit, "_CHUNK", 16)
+  state = batches.begin(tiny, drafter, prompts, GREEDY)
+  assert int(state.draft.cache.length.max()) > 32
+  _check_cache(tiny, head, state)
+
+
+@pytest.mark.parametrize("tokens", [None, range(0, 64, 3)])
+def test_drafts_are_samples_with_the_models_noise(tiny, tokens):
+  """Of a chain node by node; what the head cannot say is never drafted."""
+  head = ExitHead.init(tiny, layer=3, tokens=tokens)
+  drafter = EarlyExit(head, CHAIN)
+  options = [dataclasses.replace(SAMPLED, seed=s) for s in range(3)]
+  state = batches.begin(tiny, drafter, batches.prompts(3), options)
+  proposal, _ = jax.jit(drafter.propose)(tiny, state.seq, state.request,
+                                         state.draft)
+  request, seq = state.request, state.seq
+  logits = jnp.full((3, 4, tiny.vocab), -jnp.inf).at[
+      :, :, jnp.arange(64) if tokens is None else jnp.array([*tokens])].set(
+          head(tiny, proposal.head_start.x))
+  laws = sampling.Laws(
+      logits, request.sampling, sampling.History(
+          seq.tokens, seq.prompt_length, seq.length, proposal.tokens,
+          proposal.mask), seq.length[:, None] + proposal.depths)
+  for node in range(3):
+    np.testing.assert_array_equal(proposal.tokens[:, node + 1],
+                                  laws.draw(jnp.full(3, node)))
+  if tokens is not None:
+    assert set(np.asarray(proposal.tokens)[:, 1:].ravel()) <= set(tokens)
+
+
+@pytest.mark.parametrize("options, words", [
+    ("", "needs heads=FOLDER"),
+    ("layer=2,heads=[x]", "needs heads=FOLDER"),
+    ("layer=4", r"layer must be an integer in \[1, 3\], got 4"),
+    ("layer=2,length=0", r"length must be an integer in \[1, 64\], got 0"),
+    ("layer=2,stop=2", r"stop must be a number in \[0, 1\], got 2"),
+    ("layer=2,measure=tops", "Did you mean 'top'"),
+    ("layer=2,widths=[3;x]", "widths must be"),
+    ("layer=2,widths=[30;30]", "at most 512 nodes"),
+    ("layer=2,widths=[0]", "widths must be")])
+def test_bad_settings_are_named(tiny, options, words):
+  with pytest.raises(InputError, match=words):
+    drafters.parse(f"early_exit:{options}", drafters.Target(tiny))
+
+
+def test_settings_reach_the_drafter(tiny, tmp_path):
+  heads.save(tmp_path, ExitHead.init(tiny, layer=2), tiny)
+
+  def parse(options):
+    return drafters.parse(f"early_exit:{options}", drafters.Target(tiny))
+  chain = parse(f"heads=[{tmp_path}],length=6,stop=0.5,measure=margin")
+  assert (chain.size, chain.height, chain.taps) == (7, 6, (2,))
+  assert (chain.stop, chain.measure) == (0.5, "margin")
+  tree = parse("layer=1,widths=[3;2;1]")
+  assert (tree.size, tree.height, tree.taps) == (16, 3, (1,))
+  assert len(tree.priors) == 3
