@@ -56,12 +56,11 @@ def fit(model: Transformer, heads: Heads, texts: Sequence[Text],
         lesson, marks = distillation.advance(
             model, heads, lesson, order.batch(step), recipe)
         marks = jax.device_get(marks)
+        # The curve first: of what a checkpoint has seen nothing is missing.
         curve.add(step + 1, marks)
         if on_step:
           on_step(step + 1, marks)
         if (step + 1) % every == 0 or step + 1 == recipe.steps:
-          # The curve first: of what a checkpoint has seen nothing is missing.
-          curve.flush()
           kept.save(step + 1, vars(lesson))
   return distillation.taught(model, heads, lesson)
 
@@ -131,8 +130,6 @@ class _Curve:
                "agreement": [round(float(x), 4) for x in share(m)]}
         for name, m in marks.items()}}
     self._file.write(json.dumps(line) + "\n")
-
-  def flush(self) -> None:
     self._file.flush()
 
   def __enter__(self):

@@ -35,7 +35,7 @@ _SETTINGS = "run.json"
 _SELF = re.compile(r"self:[1-9]\d*")
 # Every so many-th text is not learnt from, but judged by.
 _HELD_OUT = 16
-_EVERY = 100
+_EVERY = 50
 # Tokens of an answer that must fit into a text, or the prompt is left out.
 _LEAST = 8
 # What may change between a run and its continuation.
