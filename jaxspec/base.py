@@ -304,6 +304,8 @@ class Drafter(Protocol):
       be neither cut nor joined with others.
     paced: whether it drafts no more than it is told: `propose` takes `most`,
       a number of nodes, and `plan(rows)` is its proposal but for the tokens.
+    opens: whether it can draft behind a prompt that only the lower layers
+      have read, see `jaxspec.opening`.
     unmeasured: whether it waits for what passes of its `sizes` cost.
     coupled: whether what one row is given may depend on others, as when they
       share a pass whose width is chosen. Their texts never do.
@@ -317,6 +319,7 @@ class Drafter(Protocol):
   honest: bool = False
   whole: bool = False
   paced: bool = False
+  opens: bool = False
   unmeasured: bool = False
   coupled: bool = False
 

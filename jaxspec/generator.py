@@ -14,15 +14,24 @@ import time
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator as Yielding
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec import caches, drafters, loop, pacing, sharding, verifiers
+from jaxspec import (
+  caches,
+  drafters,
+  loop,
+  opening,
+  pacing,
+  sharding,
+  verifiers,
+)
 from jaxspec.answers import Answer, Completion, TextEvent
-from jaxspec.base import DecodeState, Drafter, Verifier
+from jaxspec.base import DecodeState, Drafter, Emission, Verifier
 from jaxspec.drift import DriftMonitor
 from jaxspec.errors import InputError, nearest
 from jaxspec.models.transformer import Source, Transformer, abstract_source
@@ -35,6 +44,7 @@ CHUNK = 512
 _BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, CHUNK)
 _DTYPES = ("bfloat16", "float32")
 _STOPS, _BIASES = 16, 64
+PREFILLS = ("chunk_major", "layer_major")
 
 
 class Generator:
@@ -54,6 +64,7 @@ class Generator:
                verifier: str | Verifier = "exact", rows: int = 1,
                capacity: int | None = None, cache: str = "contiguous",
                cache_dtype: str | None = None,
+               prefill: str = "chunk_major",
                mesh: jax.sharding.Mesh | None = None,
                eos_ids: Sequence[int] = (),
                defaults: Mapping[str, Any] | None = None):
@@ -67,6 +78,10 @@ class Generator:
         wait where a cache has no room for them yet.
       cache_dtype: of keys and values. None takes the model's own, but float32
         on a CPU, where XLA converts a whole bfloat16 cache to write a row.
+      prefill: `chunk_major` takes a prompt chunk by chunk through all layers;
+        `layer_major` takes all of it through the lower layers first, so that
+        a head there can say at once what may come first (see
+        `jaxspec.opening`). For drafters with a head on a lower layer.
       mesh: where the model lies.
       eos_ids: the model's own end tokens.
       defaults: the checkpoint's generation config.
@@ -96,6 +111,14 @@ class Generator:
       self.drafter = drafters.parse(drafter, drafters.Target(
           model, tokenizer, functools.partial(_load_beside, model, self.mesh),
           getattr(self.verifier, "honest", False), self.cache_dtype.name))
+    if prefill not in PREFILLS:
+      raise InputError(f"prefill must be {' or '.join(PREFILLS)}, got "
+                       f"{prefill!r}.{nearest(prefill, PREFILLS)}")
+    if prefill == "layer_major" and not self.drafter.opens:
+      raise InputError("prefill=layer_major shows what a head on a lower layer "
+                       f"says, and drafter {self._drafter_name} has none; use "
+                       "early_exit")
+    self.prefill = prefill
     if (getattr(self.verifier, "needs_probs", False) and self.drafter.height
         and not self.drafter.honest):
       raise InputError(
@@ -226,8 +249,12 @@ class Generator:
     (answer,) = self._answers([prompt], options, chat)
     with self._batch():
       with jax.set_mesh(self.mesh):
-        state = self._fill(self._take_state(), [None] * self.rows,
-                           deque([answer]))
+        state = self._take_state()
+      if self.prefill == "layer_major":
+        state = yield from self._show(answer, state)
+      else:
+        with jax.set_mesh(self.mesh):
+          state = self._fill(state, [None] * self.rows, deque([answer]))
       yield from answer.take(_View(state), 0)
       while self._meter and not answer.completion:
         with jax.set_mesh(self.mesh):
@@ -246,6 +273,27 @@ class Generator:
       self.drift.add(answer.completion.stats)
       with jax.set_mesh(self.mesh):
         self._state = loop.release(state, np.ones(self.rows, bool))
+
+  def _show(self, answer: Answer, state: DecodeState
+            ) -> Yielding[TextEvent, None, DecodeState]:
+    """Reads a prompt, yielding what may come first before it is settled."""
+    start = time.perf_counter()
+    with jax.set_mesh(self.mesh):
+      rows, *prompt = self._prompts([0], [answer], self._bucket(answer))
+      seen = self._glimpse(*prompt)
+    emission = seen.emission()
+    if emission.count[0]:
+      yield from answer.guess(emission.tokens[0].tolist())
+    with jax.set_mesh(self.mesh):
+      seen = opening.go_on(self.model, self.drafter, seen)
+      tokens, count = loop.leading(seen.proposal)
+    if count[0] > 1:
+      yield from answer.guess(tokens[0, :int(count[0])].tolist())
+    with jax.set_mesh(self.mesh):
+      state, _ = self._open(state, rows, seen)
+      jax.block_until_ready(state)
+    answer.begun(time.perf_counter() - start)
+    return state
 
   @contextlib.contextmanager
   def _batch(self) -> Iterator[None]:
@@ -410,25 +458,46 @@ class Generator:
 
   def _insert(self, state, rows, answers, bucket):
     start = time.perf_counter()
-    size = 1 if len(answers) == 1 else self.rows
-    spare = size - len(answers)
-    rows = np.array([*rows, *[self.rows] * spare], np.int32)  # dropped
-    padded = [*answers, *answers[:1] * spare]
-    tokens = np.zeros((size, bucket), np.int32)
-    for row, answer in zip(tokens, padded):
-      row[:len(answer.prompt_ids)] = answer.prompt_ids
-    lengths = np.array([len(a.prompt_ids) for a in padded], np.int32)
-    request = as_request([a.options for a in padded],
-                         [len(a.prompt_ids) for a in padded], self.eos_ids,
-                         vocab=self.config.vocab, stops=_STOPS, biases=_BIASES)
-    prefix = loop.prefill(self.model, self.drafter.taps, tokens, lengths,
-                          chunk=CHUNK, dtype=self.cache_dtype)
-    state = loop.insert(self.model, self.drafter, self.verifier, state, rows,
-                        prefix, request)
+    rows, tokens, lengths, request = self._prompts(rows, answers, bucket)
+    if self.prefill == "layer_major":
+      seen = opening.go_on(self.model, self.drafter, self._glimpse(
+          tokens, lengths, request))
+      state, _ = self._open(state, rows, seen)
+    else:
+      prefix = loop.prefill(self.model, self.drafter.taps, tokens, lengths,
+                            chunk=CHUNK, dtype=self.cache_dtype)
+      state = loop.insert(self.model, self.drafter, self.verifier, state, rows,
+                          prefix, request)
     jax.block_until_ready(state)
     for answer in answers:
       answer.begun(time.perf_counter() - start)
     return state
+
+  def _prompts(self, rows: Sequence[int], answers: Sequence[Answer],
+               bucket: int) -> tuple[Any, Any, Any, Any]:
+    """Rows, prompts, their lengths and requests, padded to a size that
+    programs are compiled for."""
+    size = 1 if len(answers) == 1 else self.rows
+    spare = size - len(answers)
+    padded = [*answers, *[answers[0]] * spare]
+    tokens = np.zeros((size, bucket), np.int32)
+    for row, answer in zip(tokens, padded):
+      row[:len(answer.prompt_ids)] = answer.prompt_ids
+    lengths = [len(a.prompt_ids) for a in padded]
+    request = as_request([a.options for a in padded], lengths, self.eos_ids,
+                         vocab=self.config.vocab, stops=_STOPS, biases=_BIASES)
+    return (np.array([*rows, *[self.rows] * spare], np.int32),  # dropped
+            tokens, np.array(lengths, np.int32), request)
+
+  def _glimpse(self, tokens: Any, lengths: Any, request: Any
+               ) -> opening.Glimpse:
+    return opening.glimpse(self.model, self.drafter, tokens, lengths, request,
+                           chunk=CHUNK, dtype=self.cache_dtype)
+
+  def _open(self, state: DecodeState, rows: Any, seen: opening.Glimpse
+            ) -> tuple[DecodeState, Emission]:
+    return opening.settle(self.model, self.drafter, self.verifier, state, rows,
+                          seen, chunk=CHUNK)
 
   def _collect(self, state, active, finished, on_completion, on_text):
     """Hands out what was decoded, and frees rows that are through."""

@@ -51,7 +51,7 @@ def init(model: Model, drafter: Drafter, cache: Cache, *, capacity: int,
   request = Request(
       sampling.defaults(rows, biases), zeros,
       jnp.full((rows, stops), -1, jnp.int32), jnp.zeros(rows, bool))
-  return _pin(DecodeState(
+  return pin(DecodeState(
       seq, request, drafter.init(model, rows, capacity),
       jnp.ones(rows, bool), jnp.zeros((rows, capacity), jnp.float32),
       Counters.zeros(rows, drafter.height, drafter.size)))
@@ -164,7 +164,7 @@ def insert(model: Model, drafter: Drafter, verifier: Verifier,
   cache = old.cache.insert(rows, prefix.cache, request.limit - 1)
   held = cache.length.at[rows].get(mode="fill", fill_value=0)
   done |= held < length
-  return _pin(DecodeState(
+  return pin(DecodeState(
       Sequences(put(old.tokens, text), put(old.prompt_length, length),
                 put(old.length, length + 1), cache),
       put(state.request, request),
@@ -197,7 +197,7 @@ def decode(model: Model, drafter: Drafter, verifier: Verifier,
     state, _ = stages.step(model, drafter, verifier, state)
     return step + 1, state
 
-  return _pin(
+  return pin(
       lax.while_loop(more, body, (jnp.zeros((), jnp.int32), state))[1])
 
 
@@ -205,7 +205,7 @@ def decode(model: Model, drafter: Drafter, verifier: Verifier,
 def release(state: DecodeState, rows: Bool[Array, "B"]) -> DecodeState:
   """Stops these rows where they are and frees what their caches hold."""
   seq = state.seq
-  return _pin(state.replace(
+  return pin(state.replace(
       done=state.done | rows,
       seq=seq.replace(cache=seq.cache.release(rows),
                       length=jnp.where(rows, 1, seq.length))))
@@ -214,14 +214,14 @@ def release(state: DecodeState, rows: Bool[Array, "B"]) -> DecodeState:
 @functools.partial(jax.jit, donate_argnames=("state",))
 def _propose(model, drafter, state):
   proposal, state = stages.propose(model, drafter, state)
-  return proposal, _pin(state)
+  return proposal, pin(state)
 
 
 @functools.partial(jax.jit, static_argnames=("verifier",),
                    donate_argnames=("state",))
 def _settle(model, drafter, verifier, state, proposal):
   state, emission = stages.settle(model, drafter, verifier, state, proposal)
-  return _pin(state), emission
+  return pin(state), emission
 
 
 def stream(model: Model, drafter: Drafter, verifier: Verifier,
@@ -235,7 +235,7 @@ def stream(model: Model, drafter: Drafter, verifier: Verifier,
   while not bool(jnp.all(state.done)):
     proposal, state = _propose(model, drafter, state)
     if proposal.tree.size > 1:
-      tokens, count = _leading(proposal)
+      tokens, count = leading(proposal)
       yield Emission(state.seq.length, tokens,
                      jnp.where(state.done, 0, count), settled=False), state
     state, emission = _settle(model, drafter, verifier, state, proposal)
@@ -243,7 +243,7 @@ def stream(model: Model, drafter: Drafter, verifier: Verifier,
 
 
 @jax.jit
-def _leading(proposal: Proposal) -> tuple[Int[Array, "B P"], Int[Array, "B"]]:
+def leading(proposal: Proposal) -> tuple[Int[Array, "B P"], Int[Array, "B"]]:
   """The path of first children, what a drafter believes in most."""
   parents, alive = proposal.parents, proposal.alive
   # A node leads if no earlier one has the same parent; so must its ancestors.
@@ -259,7 +259,7 @@ def _leading(proposal: Proposal) -> tuple[Int[Array, "B P"], Int[Array, "B"]]:
   return tokens, depth
 
 
-def _pin(state: DecodeState) -> DecodeState:
+def pin(state: DecodeState) -> DecodeState:
   """Lays out what there is of each row alike, whichever program leaves it.
 
   XLA would choose for every program apart, and the next would be compiled
@@ -275,4 +275,5 @@ def _pin(state: DecodeState) -> DecodeState:
   return jax.tree.map(place, state)
 
 
-__all__ = ["decode", "init", "insert", "prefill", "release", "stream"]
+__all__ = ["decode", "init", "insert", "leading", "pin", "prefill", "release",
+           "stream"]

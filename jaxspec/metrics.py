@@ -2,10 +2,10 @@
 """What a request cost and what speculation gave back.
 
 The counts obey one convention, and `Stats.reconcile` holds them to it: the
-prefill emits the first token, every later pass of the target emits its
-accepted draft tokens and one of its own. A draft token that agreed but stood
-behind an end token or past the token budget was not emitted, so it is not
-counted as accepted.
+prefill emits the first token, every later pass of the target emits one of its
+own, and both emit the draft tokens they accepted. A draft token that agreed but
+stood behind an end token or past the token budget was not emitted, so it is
+not counted as accepted.
 
 The formulas are vLLM's, so that figures can be compared:
 `mean_len = 1 + accepted / drafts`, and the rate of a position is the share of
@@ -171,7 +171,9 @@ class Stats:
     _at_most("accepted", self.accepted, "drafted", self.drafted)
     _at_most("passes + drafted", self.passes + self.drafted, "scored",
              self.scored)
-    _at_most("drafts", self.drafts, "passes", self.passes)
+    # A prefill that goes layer by layer verifies drafts too.
+    _at_most("drafts", self.drafts, "requests + passes",
+             self.requests + self.passes)
     _at_most("compiles_cached", self.compiles_cached, "compiles", self.compiles)
     # A tree drafts several nodes at one position, a chain exactly one.
     _at_most(

@@ -113,7 +113,7 @@ def score(model: Model, drafter: Drafter, cache: Cache, proposal: Proposal
   for cut in (*drafter.taps, model.depth):
     x, fresh = model.extend(x, cache, fresh, at, layers=range(below, cut))
     features.append(x)
-    below = cut
+    below = max(below, cut)         # a head start may lie above a tap
   logits = model.unembed(x)
   top = sampling.top(logits, drafter.ranks)
   return logits, Scores(top, tuple(features), fresh)

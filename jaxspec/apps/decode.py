@@ -11,10 +11,11 @@ write one JSON object a prompt. What speculation gave goes to stderr.
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -23,9 +24,9 @@ from jaxspec.apps import journal, launch
 from jaxspec.errors import InputError
 
 if TYPE_CHECKING:
-  from jaxspec.generator import Completion, Generator, Options
+  from jaxspec.generator import Completion, Generator, Options, TextEvent
 else:  # Imported when needed, so that --help loads no jax.
-  Completion = Generator = Options = Any
+  Completion = Generator = Options = TextEvent = Any
 
 # A string, token ids, or a conversation of {"role", "content"}.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -93,6 +94,78 @@ class _File(Results):
       )
 
 
+# The events of one prompt: on a terminal, as text, or as JSON lines.
+
+
+def _shower(settings: types.SimpleNamespace) -> Callable[[TextEvent], None]:
+  """Returns what shows an event the way that was asked for."""
+  if settings.emit == "jsonl":
+    show = _show_json
+  elif sys.stdout.isatty():
+    show = Terminal().show
+  else:
+    # What was printed cannot be taken back.
+    return _settled_only(lambda event: print(event.text, end="", flush=True))
+  return _settled_only(show) if settings.hold_until_settled else show
+
+
+def _settled_only(
+  show: Callable[[TextEvent], None],
+) -> Callable[[TextEvent], None]:
+  def held(event: TextEvent) -> None:
+    if event.settled:
+      show(dataclasses.replace(event, replaces=0))
+
+  return held
+
+
+def _show_json(event: TextEvent) -> None:
+  line: dict[str, Any] = {
+    "text": event.text,
+    "settled": event.settled,
+    "replaces": event.replaces,
+  }
+  if event.completion is not None:
+    line["completion"] = as_record(event.completion)
+  print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+class Terminal:
+  """Shows provisional text dim, and what is settled in its place.
+
+  Of provisional text only what fits into the line is shown: what a terminal
+  has wrapped or scrolled cannot be taken back.
+  """
+
+  def __init__(self):
+    self._column = 0  # of the cursor behind the settled text, in cells
+    self._dim = 0  # cells of provisional text behind it
+
+  def show(self, event: TextEvent) -> None:
+    from rich.cells import cell_len, set_cell_size
+
+    out = sys.stdout
+    if self._dim:
+      out.write(f"\x1b[{self._dim}D\x1b[K")
+      self._dim = 0
+    width = shutil.get_terminal_size().columns
+    if event.settled:
+      out.write(event.text)
+      line = event.text.rpartition("\n")
+      self._column = cell_len(line[2]) + (0 if line[1] else self._column)
+      # Behind a full line the cursor stands in the next.
+      self._column %= width
+    else:
+      text = event.text.split("\n")[0].replace("\t", " ")
+      room = width - self._column - 1
+      if cell_len(text) > room:
+        text = set_cell_size(text, max(room, 0)).rstrip()
+      if text.isprintable() and text:
+        out.write(f"\x1b[2m{text}\x1b[0m")
+        self._dim = cell_len(text)
+    out.flush()
+
+
 def _count(stats: Any, compiles: Any) -> None:
   stats.compiles, stats.compiles_cached = compiles.count, compiles.from_cache
 
@@ -141,6 +214,22 @@ def define_flags(values: flags.FlagValues) -> None:
     "go on from the results an interrupted run left beside --output",
     flag_values=values,
   )
+  flags.DEFINE_enum(
+    "emit",
+    "text",
+    ["text", "jsonl"],
+    "how the answer to one prompt is shown: as text, on a terminal with "
+    "provisional text dim until it is settled; or every event as a JSON "
+    "object, where provisional text is not settled and the next event takes "
+    "the place of as many characters as it replaces",
+    flag_values=values,
+  )
+  flags.DEFINE_boolean(
+    "hold_until_settled",
+    False,
+    "show no provisional text",
+    flag_values=values,
+  )
   launch.define_generator_flags(values)
   launch.define_sampling_flags(values)
 
@@ -171,6 +260,9 @@ def read_prompts(
   """Returns the prompts of --prompt or --prompts, and the task of each."""
   if (settings.prompt is None) == (settings.prompts is None):
     raise InputError("pass one of --prompt=TEXT and --prompts=FILE.jsonl")
+  if settings.emit == "jsonl" and settings.prompt is None:
+    raise InputError("--emit=jsonl is for one --prompt; the results of "
+                     "--prompts are JSON lines anyway")
   if settings.resume and settings.output is None:
     raise InputError("--resume needs the --output=FILE.jsonl to go on with")
   if settings.prompt == "-":
@@ -260,6 +352,7 @@ def _decode_one(
 ) -> None:
   from jaxspec import profiling
 
+  show = _shower(settings)
   completion = None
   try:
     with (
@@ -267,12 +360,11 @@ def _decode_one(
       profiling.count_compiles() as compiles,
     ):
       for event in generator.stream(prompt, options, chat=settings.chat):
-        # Provisional text may still change, and print cannot be undone.
-        if event.settled:
-          print(event.text, end="", flush=True)
+        show(event)
         completion = event.completion or completion
   finally:
-    print(flush=True)
+    if settings.emit == "text":
+      print(flush=True)
   if completion is None:
     raise AssertionError("the stream ended without a completion")
   _count(completion.stats, compiles)
@@ -331,6 +423,8 @@ _NOT_IDENTITY = (
   "profile_dir",
   "compilation_cache_dir",
   "prompts",
+  "emit",
+  "hold_until_settled",
 )
 
 

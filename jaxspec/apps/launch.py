@@ -175,6 +175,14 @@ def define_generator_flags(values: flags.FlagValues) -> None:
     "a file of jaxspec/caches, with options as in paged:page=64,pages=100",
     flag_values=values,
   )
+  flags.DEFINE_enum(
+    "prefill",
+    "chunk_major",
+    ["chunk_major", "layer_major"],
+    "chunk by chunk through all layers, or layer by layer through all chunks, "
+    "so that early_exit can show a first token before the rest is computed",
+    flag_values=values,
+  )
   define_place_flags(values)
   flags.DEFINE_string(
     "profile_dir", None, "write an XProf trace there", flag_values=values
@@ -426,6 +434,7 @@ def load_generator(settings: types.SimpleNamespace) -> Generator:
       dtype=settings.dtype,
       mesh=settings.mesh,
       cache=settings.cache,
+      prefill=settings.prefill,
       on_progress=on_progress,
     )
   if verifier.partition(":")[0] == "simulated":

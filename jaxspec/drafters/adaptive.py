@@ -126,6 +126,30 @@ class Adaptive(Drafter):
   def priors(self):
     return self.drafter.priors
 
+  # What is shown of a prompt that only the lower layers have read is the
+  # drafter's, and so is its state until the row begins.
+
+  @property
+  def opens(self):
+    return self.drafter.opens
+
+  @property
+  def head(self):
+    return self.drafter.head
+
+  def read(self, model, x, length):
+    return self.drafter.read(model, x, length)
+
+  def look(self, *args):
+    return self.drafter.look(*args)
+
+  def go_on(self, *args):
+    return self.drafter.go_on(*args)
+
+  def begin(self, state, rows, new, request):
+    return self._begun(state, rows, self.drafter.begin(
+        state.inner, rows, new, request))
+
   def init(self, model, rows, capacity):
     return _State(
         self.drafter.init(model, rows, capacity),
@@ -134,9 +158,12 @@ class Adaptive(Drafter):
         jnp.zeros(rows, bool), jnp.zeros((), jnp.int32))
 
   def insert(self, model, state, rows, prefix, request):
+    return self._begun(state, rows, self.drafter.insert(
+        model, state.inner, rows, prefix, request))
+
+  def _begun(self, state, rows, inner):
     return state.replace(
-        inner=self.drafter.insert(model, state.inner, rows, prefix, request),
-        acceptance=state.acceptance.begin(rows),
+        inner=inner, acceptance=state.acceptance.begin(rows),
         running=state.running.at[rows].set(True, mode="drop"))
 
   def propose(self, model, seq, request, state):

@@ -71,6 +71,7 @@ class EarlyExit(Drafter):
   cache_dtype: str = struct.field(pytree_node=False, default="float32")
 
   paced = True
+  opens = True
 
   @classmethod
   def build(cls, target: Any, heads: Any = "", layer: Any = 0, length: Any = 4,
@@ -131,42 +132,72 @@ class EarlyExit(Drafter):
     cache = self._read(prefix.features[0], prefix.length)
     return state.replace(cache=state.cache.insert(rows, cache, request.limit))
 
+  def read(self, model: Model, x: Float[Array, "R T D"],
+           length: Int[Array, "R"]) -> ExitState:
+    """The state of rows that have read texts, given what is below the head."""
+    if not self.head.depth:
+      return ExitState()
+    cache = self._read(x, length)
+    return ExitState(cache, self.head.init_fresh(cache, self.size))
+
+  def begin(self, state: ExitState, rows: Int[Array, "R"], new: ExitState,
+            request: Request) -> ExitState:
+    """Puts the state of such rows into a batch."""
+    if state.cache is None:
+      return state
+    return ExitState(
+        state.cache.insert(rows, new.cache, request.limit),
+        jax.tree.map(lambda b, n: b.at[rows].set(n, mode="drop"),
+                     state.fresh, new.fresh))
+
   def plan(self, rows: int) -> Proposal:
     tokens = jnp.zeros((rows, self.size), jnp.int32)
     return Proposal(tokens, self.tree, kinds=jnp.broadcast_to(
         self._ranks()[None], tokens.shape))
 
   def propose(self, model, seq, request, state, most=None):
-    tree, rows = self.tree, len(seq.length)
-    most = tree.size if most is None else most
-    positions = seq.cache.length[:, None] + tree.depths[None]
+    walk = self.look(model, seq, request, state, None, most)
+    return self.go_on(model, seq, request, state, walk, most)
+
+  def look(self, model: Model, seq: Sequences, request: Request,
+           state: ExitState, begun: HeadStart | None = None,
+           most: Int[Array, ""] | None = None) -> "_Walk":
+    """Begins a proposal: the root, and what the head says behind it.
+
+    Args:
+      begun: the root, where it has been through the lower layers.
+      most: nodes that are wanted; None for all.
+    """
+    rows = len(seq.length)
     x = jax.eval_shape(model.embed, seq.tail())
     walk = _Walk(
-        tokens=jnp.zeros((rows, tree.size), jnp.int32).at[:, :1].set(
+        tokens=jnp.zeros((rows, self.size), jnp.int32).at[:, :1].set(
             seq.tail()),
-        x=jnp.zeros((rows, tree.size, x.shape[-1]), x.dtype),
-        fresh=model.init_fresh(seq.cache, tree.size),
-        own=state.fresh,
+        x=jnp.zeros((rows, self.size, x.shape[-1]), x.dtype),
+        fresh=model.init_fresh(seq.cache, self.size), own=state.fresh,
         live=jnp.ones(rows, jnp.int32), wants=jnp.ones(rows, bool))
-    for depth in range(tree.height + 1):
-      level = np.flatnonzero(tree.depths == depth)
-      below = np.flatnonzero(tree.depths == depth + 1)
+    if begun is not None:
+      walk = walk.replace(x=walk.x.at[:, :1].set(begun.x), fresh=begun.fresh)
+    return self._go(model, seq, request, state, walk, 0, most,
+                    taken=begun is not None)
 
-      def go(walk, level=level, below=below):
-        y, walk = self._take(model, seq, state.cache, positions, walk, level)
+  def go_on(self, model: Model, seq: Sequences, request: Request,
+            state: ExitState, walk: "_Walk",
+            most: Int[Array, ""] | None = None
+            ) -> tuple[Proposal, ExitState]:
+    """Finishes a proposal that `look` began."""
+    tree, limit = self.tree, self.size if most is None else most
+    for depth in range(1, tree.height + 1):
+      first = int(np.argmax(tree.depths == depth))
 
-        def say(walk):
-          return self._say(model, seq, request, positions, walk, level, below,
-                           y)
-        if not len(below):
-          return walk
-        return lax.cond(below[0] < most, say, lambda walk: walk, walk)
-      walk = go(walk) if not depth else lax.cond(
-          jnp.any(walk.wants) & (level[0] < most), go, lambda walk: walk, walk)
+      def go(walk, depth=depth):
+        return self._go(model, seq, request, state, walk, depth, most)
+      walk = lax.cond(jnp.any(walk.wants) & (first < limit), go,
+                      lambda walk: walk, walk)
     # Rows that stop need no pass as wide as the tree.
     ends = np.cumsum(np.bincount(tree.depths)).tolist() if self.stop else ()
-    return self.plan(rows).replace(
-        tokens=walk.tokens, live=jnp.minimum(walk.live, most),
+    return self.plan(len(seq.length)).replace(
+        tokens=walk.tokens, live=jnp.minimum(walk.live, limit),
         sizes=tuple(ends),
         head_start=HeadStart(walk.x, walk.fresh, self.head.layer)
     ), state.replace(fresh=walk.own)
@@ -177,22 +208,40 @@ class EarlyExit(Drafter):
     return state.replace(cache=state.cache.commit(
         state.fresh, verdict.path, verdict.kept))
 
-  def _take(self, model: Model, seq: Sequences, cache: Cache | None,
-            positions: Int[Array, "B N"], walk: "_Walk", level: np.ndarray
-            ) -> tuple[Float[Array, "B T D"], "_Walk"]:
-    """Takes one depth of the tree through the lower layers, and what the head
-    has beside them."""
+  def _go(self, model: Model, seq: Sequences, request: Request,
+          state: ExitState, walk: "_Walk", depth: int,
+          most: Int[Array, ""] | None, taken: bool = False) -> "_Walk":
+    """Takes one depth of the tree through the lower layers, and lets the head
+    fill the next.
+
+    Args:
+      taken: whether the lower layers have done so.
+    """
+    tree = self.tree
+    level = np.flatnonzero(tree.depths == depth)
+    below = np.flatnonzero(tree.depths == depth + 1)
     first = int(level[0])
-    at = Place.of(positions, jnp.asarray(self.tree.mask[level]), first)
-    x, fresh = model.extend(
-        model.embed(walk.tokens[:, level]), seq.cache, walk.fresh, at,
-        layers=range(self.head.layer))
-    y, own = x, walk.own
-    if cache is not None:
-      y, own = self.head.extend(x, cache, own, at, layers=range(1))
-    return y, walk.replace(
-        fresh=fresh, own=own,
-        x=lax.dynamic_update_slice_in_dim(walk.x, x, first, axis=1))
+    positions = seq.cache.length[:, None] + tree.depths[None]
+    at = Place.of(positions, jnp.asarray(tree.mask[level]), first)
+    if taken:
+      x = walk.x[:, level]
+    else:
+      x, fresh = model.extend(
+          model.embed(walk.tokens[:, level]), seq.cache, walk.fresh, at,
+          layers=range(self.head.layer))
+      walk = walk.replace(fresh=fresh, x=lax.dynamic_update_slice_in_dim(
+          walk.x, x, first, axis=1))
+    if state.cache is not None:
+      x, own = self.head.extend(x, state.cache, walk.own, at, layers=range(1))
+      walk = walk.replace(own=own)
+    if not len(below):
+      return walk
+
+    def say(walk):
+      return self._say(model, seq, request, positions, walk, level, below, x)
+    if most is None:
+      return say(walk)
+    return lax.cond(below[0] < most, say, lambda walk: walk, walk)
 
   def _say(self, model: Model, seq: Sequences, request: Request,
            positions: Int[Array, "B N"], walk: "_Walk", level: np.ndarray,

@@ -82,10 +82,10 @@ class FakeGenerator:
     FakeGenerator.chat = chat
     completion = self._complete(prompt, options)
     yield TextEvent("a guess", settled=False)
-    for word in completion.text.split(" "):
+    for at, word in enumerate(completion.text.split(" ")):
       if self.fails_after == 0:
         raise self.failure("as asked")
-      yield TextEvent(word + ".", settled=True)
+      yield TextEvent(word + ".", settled=True, replaces=0 if at else 7)
     yield TextEvent("", settled=True, completion=completion)
 
 

@@ -4,11 +4,14 @@
 import dataclasses
 import io
 import json
+import re
 import sys
 
 import pytest
 
 from jaxspec import __main__ as front_door
+from jaxspec.answers import TextEvent
+from jaxspec.apps import decode
 from jaxspec.metrics import Stats
 
 NO_CACHE = "--compilation_cache_dir="
@@ -46,6 +49,82 @@ def test_text_streams_to_stdout_and_stats_to_stderr(fake, capsys):
   assert fake.chat
 
 
+def test_events_as_json_lines(fake, capsys):
+  assert run("--prompt=good day", "--emit=jsonl") == 0
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert [(e["text"], e["settled"], e["replaces"]) for e in lines] == [
+    ("a guess", False, 0), ("GOOD.", True, 7), ("DAY.", True, 0),
+    ("", True, 0)]
+  assert lines[-1]["completion"]["token_ids"] == [1, 2, 3, 4]
+  assert not any("completion" in line for line in lines[:-1])
+
+
+def test_who_acts_on_text_asks_for_what_is_settled(fake, capsys):
+  assert run("--prompt=good day", "--emit=jsonl", "--hold_until_settled") == 0
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert [(e["text"], e["replaces"]) for e in lines] == [
+    ("GOOD.", 0), ("DAY.", 0), ("", 0)]
+
+
+def test_json_lines_are_of_one_prompt(fake, prompts, capsys):
+  assert run(f"--prompts={prompts}", "--emit=jsonl") == 2
+  assert "--emit=jsonl is for one --prompt" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+  """What stands on a line, told what a terminal is told."""
+
+  def isatty(self):
+    return True
+
+  def rendered(self):
+    line, at, text = [], 0, self.getvalue()
+    while text:
+      found = re.match(r"\x1b\[(\d*)([DKm])", text)
+      if not found:
+        line[at:at + 1] = [text[0]]
+        at, text = at + 1, text[1:]
+        continue
+      count, what = found.groups()
+      if what == "D":
+        at -= int(count)
+      elif what == "K":
+        del line[at:]
+      text = text[found.end():]
+    return "".join(line)
+
+
+def test_a_guess_is_dim_and_then_gone(fake, monkeypatch):
+  monkeypatch.setattr(sys, "stdout", Terminal())
+  assert run("--prompt=good day") == 0
+  assert "\x1b[2ma guess\x1b[0m" in sys.stdout.getvalue()
+  assert sys.stdout.rendered() == "GOOD.DAY.\n"
+
+
+def test_a_guess_stays_on_its_line(fake, monkeypatch):
+  """Only so much of it can be taken back."""
+  monkeypatch.setenv("COLUMNS", "12")
+  monkeypatch.setattr(sys, "stdout", Terminal())
+  screen = decode.Terminal()
+  screen.show(TextEvent("first\nsecond ", True))
+  screen.show(TextEvent("a long guess", False))
+  assert sys.stdout.getvalue().endswith("\x1b[2ma lo\x1b[0m")
+  screen.show(TextEvent("two\nlines", False, 12))
+  assert sys.stdout.rendered() == "first\nsecond two"
+  screen.show(TextEvent("wor", True, 9))
+  assert sys.stdout.rendered() == "first\nsecond wor"
+  screen.show(TextEvent("日本", False))                        # no room
+  assert sys.stdout.rendered() == "first\nsecond wor"
+  screen.show(TextEvent("d", True, 2))
+  assert sys.stdout.rendered() == "first\nsecond word"
+
+
+def test_nothing_provisional_is_shown_who_holds(fake, monkeypatch):
+  monkeypatch.setattr(sys, "stdout", Terminal())
+  assert run("--prompt=good day", "--hold_until_settled") == 0
+  assert sys.stdout.getvalue() == "GOOD.DAY.\n"
+
+
 def test_a_prompt_can_come_from_stdin(fake, capsys, monkeypatch):
   monkeypatch.setattr(sys, "stdin", io.StringIO("from afar"))
   assert run("--prompt=-") == 0
@@ -74,6 +153,7 @@ def test_flags_reach_generator_and_options(fake):
       "--dtype=float32",
       "--mesh=data=1,tensor=2",
       "--cache=paged",
+      "--prefill=layer_major",
       "--max_new_tokens=7",
       "--temperature=0.5",
       "--top_k=3",
@@ -101,6 +181,7 @@ def test_flags_reach_generator_and_options(fake):
     dtype="float32",
     mesh={"data": 1, "tensor": 2},
     cache="paged",
+    prefill="layer_major",
   )
   options = fake.options
   assert (options.max_new_tokens, options.temperature) == (7, 0.5)

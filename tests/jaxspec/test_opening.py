@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts read layer by layer leave what prompts read chunk by chunk do.
+
+Held here: the same text, cache and drafter's state, greedy and sampled, in
+every kind of cache, for prompts of one and of several chunks and of unlike
+lengths; a row that is begun disturbs no other; the first guess is there before
+the upper layers have run, and is right where the head knows; no layer takes a
+token twice; an answer of one token, or one that ends at once, ends there.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspec import opening
+from jaxspec.drafters.adaptive import Adaptive
+from jaxspec.drafters.autoregressive import Autoregressive
+from jaxspec.drafters.early_exit import EarlyExit
+from jaxspec.errors import InputError
+from jaxspec.generator import Generator
+from jaxspec.heads import ExitHead
+from jaxspec.models.transformer import Transformer, random_source
+from jaxspec.profiling import count_compiles
+from jaxspec.verifiers.exact import exact
+from tests.jaxspec import batches, cycles
+from tests.jaxspec.batches import GREEDY, SAMPLED
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+CHAIN = ((0,), (0, 0), (0, 0, 0))
+BUSHY = ((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
+
+
+@pytest.fixture(scope="module")
+def drafter(tiny):
+  head = ExitHead(tiny, random_source(4), layer=3, mlp=8, attention=True)
+  return EarlyExit(head, BUSHY)
+
+
+def open_rows(model, drafter, state, rows, texts, options, chunk=512):
+  """Begins requests layer by layer; also what was seen on the way."""
+  tokens, lengths = batches.padded(texts)
+  request = batches.requests(model, texts, options)
+  seen = opening.glimpse(model, drafter, tokens, lengths, request,
+                         chunk=chunk, dtype=jnp.dtype("float32"))
+  seen = opening.go_on(model, drafter, seen)
+  state, emission = opening.settle(
+      model, drafter, exact, state, np.array(rows, np.int32), seen,
+      chunk=chunk)
+  return state, seen, emission
+
+
+def begin(model, drafter, texts, options, *, kind="contiguous", chunk=512,
+          capacity=80):
+  state = batches.empty(model, drafter, len(texts), kind=kind,
+                        capacity=capacity)
+  return open_rows(model, drafter, state, range(len(texts)), texts, options,
+                   chunk)
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED])
+@pytest.mark.parametrize("kind", batches.cache_kinds())
+@pytest.mark.parametrize("chunk", [512, 16])
+def test_text_and_cache_are_the_same(tiny, drafter, options, kind, chunk):
+  texts = [p * n for p, n in zip(batches.prompts(3), (1, 3, 2))]
+  wanted = batches.run(tiny, Autoregressive(), texts, options, capacity=80)
+  state, _, emission = begin(tiny, drafter, texts, options, kind=kind,
+                             chunk=chunk)
+  batches.check_cache(tiny, state)
+  first = np.asarray(emission.tokens)[:, 0].tolist()
+  assert first == [a[0] for a in batches.answers(wanted)]
+  assert np.all(emission.count >= 1)
+  np.testing.assert_array_equal(state.draft.cache.length,
+                                state.seq.cache.length)
+  state = batches.finish(tiny, drafter, state)
+  assert batches.answers(state) == batches.answers(wanted)
+  batches.check_cache(tiny, state)
+
+
+def test_drafts_are_settled_with_the_prompt():
+  """A head that knows has all of its drafts accepted, in no pass at all."""
+  model = cycles.model()
+  drafter = EarlyExit(cycles.exit_head(attention=True), CHAIN)
+  texts = [[5, 9, 2], [7], [1, 1, 4, 30, 8] * 5]
+  for chunk in (512, 16):
+    state, seen, emission = begin(model, drafter, texts, GREEDY, chunk=chunk)
+    assert seen.emission().tokens.tolist() == [
+        [cycles.after(t[-1])] for t in texts]
+    assert emission.count.tolist() == [4] * 3
+    assert batches.answers(state) == [cycles.recited(t, 4) for t in texts]
+    assert state.counters.passes.tolist() == [0] * 3
+    assert state.counters.accepted.sum(axis=1).tolist() == [3] * 3
+  wrong = EarlyExit(cycles.exit_head(shift=1), CHAIN)
+  state, seen, emission = begin(model, wrong, texts, GREEDY)
+  assert emission.count.tolist() == [1] * 3
+  assert batches.answers(state) == [cycles.recited(t, 1) for t in texts]
+
+
+def test_nothing_is_shown_where_the_head_is_not_sure():
+  model = cycles.model()
+  drafter = EarlyExit(cycles.exit_head(), CHAIN, stop=1.0)
+  state, seen, emission = begin(model, drafter, [[5, 9, 2], [7]], GREEDY)
+  assert seen.emission().count.tolist() == [0, 0]
+  assert batches.answers(state) == [cycles.recited([t], 1) for t in (2, 7)]
+
+
+def test_a_row_that_begins_disturbs_no_other(tiny, drafter):
+  texts = batches.prompts(4)
+  wanted = batches.answers(batches.run(
+      tiny, Autoregressive(), texts, SAMPLED, capacity=80))
+  state, _, _ = begin(tiny, drafter, texts[:3], SAMPLED)
+  state = batches.finish(tiny, drafter, state, steps=2)
+  before = batches.answers(state)
+  passes = state.counters.passes.tolist()
+  # The last index is no row.
+  state, _, emission = open_rows(tiny, drafter, state, [1, 3],
+                                 [texts[3], texts[0]], SAMPLED)
+  after = batches.answers(state)
+  assert [after[0], after[2]] == [before[0], before[2]]
+  assert state.counters.passes.tolist() == [passes[0], 0, passes[2]]
+  assert emission.count.tolist()[0] == emission.count.tolist()[2] == 0
+  batches.check_cache(tiny, state)
+  state = batches.finish(tiny, drafter, state)
+  assert batches.answers(state) == [wanted[0], wanted[3], wanted[2]]
+
+
+def test_no_layer_takes_a_token_twice(tiny, drafter, monkeypatch):
+  taken, extend = [], Transformer.extend
+
+  def counted(self, x, cache, fresh, at, *, layers):
+    if type(self) is Transformer:      # and no head
+      taken.append((layers, x.shape[1]))
+    return extend(self, x, cache, fresh, at, layers=layers)
+
+  jax.clear_caches()                # else it is known already, and not called
+  monkeypatch.setattr(Transformer, "extend", counted)
+  begin(tiny, drafter, [[3] * 16], dataclasses.replace(
+      GREEDY, max_new_tokens=5))
+  drafts = drafter.size - 1
+  low = sum(count for layers, count in taken if layers == range(3))
+  high = sum(count for layers, count in taken if layers == range(3, 4))
+  assert low == high == 16 + drafts
+  assert {layers for layers, count in taken if len(layers)} == {
+      range(3), range(3, 4)}
+
+
+def test_answers_end_where_they_should():
+  model = cycles.model()
+  drafter = EarlyExit(cycles.exit_head(), CHAIN)
+  one = dataclasses.replace(GREEDY, max_new_tokens=1)
+  stop = dataclasses.replace(
+      GREEDY, stop_token_ids=(cycles.after(9, 2),))
+  state, _, emission = begin(model, drafter, [[5], [9]], [one, stop])
+  assert emission.count.tolist() == [1, 2]
+  assert state.done.tolist() == [True, True]
+  assert batches.answers(state) == [cycles.recited([5], 1),
+                                    cycles.recited([9], 2)]
+
+
+def test_log_probabilities_are_the_models(tiny, drafter):
+  options = dataclasses.replace(GREEDY, logprobs=True)
+  texts = batches.prompts(2)
+  wanted = batches.run(tiny, Autoregressive(), texts, options, capacity=80)
+  state, _, _ = begin(tiny, drafter, texts, options)
+  state = batches.finish(tiny, drafter, state)
+  np.testing.assert_allclose(state.logprobs, wanted.logprobs, atol=1e-4)
+
+
+# From the front door.
+
+
+def generator(model, drafter, **settings):
+  return Generator(model, drafter=drafter, capacity=96, **settings)
+
+
+@pytest.mark.parametrize("adaptive", [False, pytest.param(
+    True, marks=pytest.mark.slow)])
+def test_generators_read_either_way(small, adaptive):
+  drafter = EarlyExit(ExitHead.init(small, layer=1, attention=True), CHAIN)
+  if adaptive:
+    drafter = Adaptive.of(drafter, costs=(1, 1.1, 1.2))
+  texts = [text[:n] for text, n in zip(batches.prompts(4), (12, 9, 14, 16))]
+  plain = generator(small, "autoregressive", rows=2).generate(texts, SAMPLED)
+  layers = generator(small, drafter, rows=2, prefill="layer_major")
+  found = layers.generate(texts, SAMPLED)
+  assert [c.token_ids for c in found] == [c.token_ids for c in plain]
+  for completion in found:
+    completion.stats.reconcile()
+  assert sum(c.stats.accepted for c in found) > 0
+  layers.generate(texts[:1], GREEDY)          # prompts come alone, or together
+  with count_compiles() as compiles:
+    layers.generate(texts, GREEDY)
+  assert compiles.count == 0
+  events = list(layers.stream(texts[0], SAMPLED))
+  assert events[-1].completion.token_ids == plain[0].token_ids
+
+
+def test_what_may_come_first_is_shown_first(tiny_model):
+  """Then the drafts, and then what stands, in their place."""
+  made = Generator.load(str(tiny_model), dtype="float32", capacity=96,
+                        drafter="early_exit:layer=3,length=2",
+                        prefill="layer_major")
+  events = list(made.stream("who is it?"))
+  first, second, third = events[:3]
+  assert not first.settled and first.replaces == 0
+  assert not second.settled and second.replaces == len(first.text)
+  assert second.text.startswith(first.text)
+  assert third.settled and third.replaces == len(second.text)
+  plain = Generator.load(str(tiny_model), dtype="float32", capacity=96)
+  (wanted,) = plain.generate(["who is it?"])
+  assert "".join(e.text for e in events if e.settled) == wanted.text
+
+
+def test_what_cannot_open_is_refused(tiny):
+  with pytest.raises(InputError, match="prompt_lookup has none; use early_ex"):
+    generator(tiny, "prompt_lookup", prefill="layer_major")
+  with pytest.raises(InputError, match="Did you mean 'layer_major'"):
+    generator(tiny, "prompt_lookup", prefill="layers_major")
