@@ -196,7 +196,8 @@ class Transformer(nnx.Module):
     return x, fresh
 
   @property
-  def unembedding(self) -> Float[Array, "V D"]:
+  def unembedding(self) -> Any:
+    """`[V D]`, an array or a quantized one."""
     return (self.embedding if self.config.tied else self.lm_head)[...]
 
   def unembed(self, x: Float[Array, "B T D"],

@@ -252,7 +252,18 @@ def program(kind: Any) -> Callable:
     cell = answer @ (VOCAB ** jnp.arange(LENGTH)[::-1])
     return (jnp.zeros(VOCAB**LENGTH, jnp.int32).at[cell].add(1),
             jnp.sum(state.counters.accepted), jnp.sum(state.counters.nodes))
-  return batch
+
+  compiled = {}
+
+  def run(*args):
+    shape = jax.tree.structure(args)
+    if shape not in compiled:
+      # What an earlier program traced within, its bugs among it, is not this
+      # one's.
+      jax.clear_caches()
+      compiled[shape] = batch.lower(*args).compile()
+    return compiled[shape](*args)
+  return run
 
 
 @contextlib.contextmanager

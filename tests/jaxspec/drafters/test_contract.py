@@ -50,6 +50,8 @@ LONG = {
 PROMPTS = batches.prompts(4)
 # Judged by the ratio test in every run; the others in slow ones.
 DRAWN = ("prompt_lookup",)
+# Decoded with a window cache in every run; the others in slow ones.
+WINDOWED = ("autoregressive", "prompt_lookup", "early_exit", "draft_model")
 EVERY = pytest.mark.parametrize("name", drafters.names())
 
 
@@ -103,9 +105,10 @@ def test_plain_decoding_samples(plain):
 
 
 @pytest.mark.parametrize("name, kind", [
-    # (A cascade is draft models in draft models. Pages hold the rows below.)
-    pytest.param(name, kind, marks=pytest.mark.slow if kind == "paged" or (
-        name == "cascade" and kind != "contiguous") else ())
+    # (A cascade is draft models in draft models.)
+    pytest.param(name, kind, marks=pytest.mark.slow
+                 if kind != "contiguous" and name == "cascade"
+                 or kind == "window" and name not in WINDOWED else ())
     for name in drafters.names() for kind in batches.cache_kinds()])
 def test_text_is_that_of_plain_decoding(small, plain, make, name, kind):
   drafter = make(name)
@@ -123,13 +126,12 @@ def test_rows_are_independent(small, plain, make, name):
   """Of their place, of their neighbours, of how many there are."""
   drafter, order = make(name), [2, 0, 3, 1]
   state = batches.run(small, drafter, [PROMPTS[i] for i in order],
-                      [options("sampled")[i] for i in order], capacity=80,
-                      kind="paged")
+                      [options("sampled")[i] for i in order], capacity=80)
   assert batches.answers(state) == [plain["sampled"][i] for i in order]
   together = np.asarray(state.counters.accepted)
   for row in (0, 3):
     alone = batches.run(small, drafter, [PROMPTS[row]],
-                        [options("sampled")[row]], capacity=80, kind="paged")
+                        [options("sampled")[row]], capacity=80)
     assert batches.answers(alone) == [plain["sampled"][row]]
     # The drafts too are the same, not only what became of them.
     if drafter.coupled:

@@ -55,7 +55,8 @@ def test_a_head_that_looks_elsewhere_is_always_wrong(shift):
   assert batches.accepted(state) == 0
 
 
-@pytest.mark.parametrize("choices", [CHAIN, BUSHY])
+@pytest.mark.parametrize("choices", [
+    pytest.param(CHAIN, marks=pytest.mark.slow), BUSHY])
 def test_no_layer_takes_a_node_twice(tiny, choices, monkeypatch):
   """Counted where layers are called: node by node and layer by layer."""
   drafter = EarlyExit(ExitHead.init(tiny, layer=2, attention=True), choices)
@@ -161,7 +162,8 @@ def test_confidence(measure):
                              wanted[measure], atol=1e-6)
 
 
-@pytest.mark.parametrize("choices", [CHAIN, BUSHY])
+@pytest.mark.parametrize("choices", [
+    pytest.param(CHAIN, marks=pytest.mark.slow), BUSHY])
 def test_cache_of_its_attention_is_that_of_a_fresh_pass(tiny, choices):
   head = ExitHead(tiny, random_source(4), layer=3, mlp=8, attention=True)
   drafter = EarlyExit(head, choices)
