@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the text that the embedded heads learn from, of many kinds.
+
+  apt-get install debian-reference-en developers-reference fortunes-de
+  python -m experiments.lessons --questions=gsm8k_train.jsonl --output=DIR
+
+Prompts, which the model answers itself: worked problems, summaries, questions
+about a passage, translations from German, and code. And texts, which are
+learnt from as they are: worked answers, prose and sources. It is all made from
+what any machine can install. None of it is of Spec-Bench, on which heads are
+judged.
+
+Writes `prompts.jsonl` and `texts.jsonl`, for `jaxspec train_heads --data=`.
+"""
+
+import ast
+import html
+import json
+import pathlib
+import random
+import re
+import sysconfig
+from collections.abc import Iterator
+
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+PROSE = ("/usr/share/debian-reference", "/usr/share/doc/developers-reference")
+GERMAN = "/usr/share/games/fortunes/de"
+
+
+def define_flags() -> None:
+  """Only when run: flags are one name space, and tests import many files."""
+  flags.DEFINE_string(
+      "questions", None, "JSON lines of `question` and `answer`", required=True)
+  flags.DEFINE_string("output", None, "a folder", required=True)
+  flags.DEFINE_multi_string("prose", PROSE, "folders of English HTML")
+  flags.DEFINE_string("german", GERMAN, "a folder of German fortunes")
+  flags.DEFINE_integer("prompts", 1400, "to be answered")
+  flags.DEFINE_integer("worked", 2000, "questions with their answers")
+  flags.DEFINE_integer("prose_texts", 250, "texts of prose")
+  flags.DEFINE_integer("code_texts", 350, "texts of code")
+  flags.DEFINE_integer("seed", 0, "of what is drawn")
+
+
+def paragraphs(folder: str) -> list[str]:
+  """Of all English HTML files of a folder."""
+  found = []
+  for path in sorted(pathlib.Path(folder).rglob("*.html")):
+    if re.search(r"\.(?!en\b)[a-z]{2}(-[a-z]{2})?\.html$", path.name):
+      continue
+    source = path.read_text(encoding="utf-8", errors="ignore")
+    for body in re.findall(r"<p>(.*?)</p>", source, flags=re.S):
+      text = html.unescape(re.sub(r"<[^>]*>", "", body))
+      text = " ".join(text.split())
+      if len(text) > 120:
+        found.append(text)
+  return list(dict.fromkeys(found))
+
+
+def passages(lines: list[str], least: int) -> list[str]:
+  """Paragraphs joined until they are `least` characters long."""
+  found, held = [], ""
+  for line in lines:
+    held = f"{held}\n{line}" if held else line
+    if len(held) >= least:
+      found.append(held)
+      held = ""
+  return found
+
+
+def sayings(folder: str) -> list[str]:
+  """Single sentences of German."""
+  found = []
+  for path in sorted(pathlib.Path(folder).glob("*")):
+    if path.suffix or not path.is_file():
+      continue
+    for item in path.read_text(encoding="utf-8", errors="ignore").split("\n%"):
+      text = " ".join(re.split(r"\s--\s", item)[0].split())
+      if 60 < len(text) < 300:
+        found.append(text)
+  return list(dict.fromkeys(found))
+
+
+def functions() -> Iterator[tuple[str, str]]:
+  """Of the standard library: a header, and the first line of what it does."""
+  for path in sources():
+    try:
+      tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+      continue
+    for node in tree.body:
+      if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+        doc = (ast.get_docstring(node) or "").split("\n\n")[0]
+        if 30 < len(doc) < 200:
+          yield (f"{node.name}({ast.unparse(node.args)})",
+                 " ".join(doc.split()))
+
+
+def sources() -> list[pathlib.Path]:
+  library = pathlib.Path(sysconfig.get_paths()["stdlib"])
+  return sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py"))
+
+
+def worked(path: str) -> list[tuple[str, str]]:
+  """Questions and answers, without the marks of a calculator."""
+  lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+  records = [json.loads(line) for line in lines if line.strip()]
+  return [(r["question"], re.sub(r"<<.*?>>", "", r["answer"]))
+          for r in records]
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"{argv[1]} is no flag; see --help")
+  rng = random.Random(FLAGS.seed)
+  prose = [p for folder in FLAGS.prose for p in paragraphs(folder)]
+  german, code = sayings(FLAGS.german), list(functions())
+  problems = worked(FLAGS.questions)
+  for name, found in (("prose", prose), ("german", german)):
+    if not found:
+      raise SystemExit(f"--{name} holds no text; see --help for what to install")
+  for some in (prose, german, code, problems):
+    rng.shuffle(some)
+
+  share = FLAGS.prompts // 7
+  short, long = passages(prose, 500), passages(prose, 900)
+  prompts = (
+      [question for question, _ in problems[:2 * share]]
+      + [f"Summarize: {text}" for text in long[:share]]
+      + [f"{text}\n\nWhat is this about, and what should one know about it?"
+         for text in short[:share // 2]]
+      + [f"Translate German to English: {text}" for text in german[:share]]
+      + [f"Write a Python function {head}. {doc}" for head, doc in code[:share]])
+  # One-sentence questions about what prose speaks of.
+  prompts += [f"What does this mean: {text.split('. ')[0]}?"
+              for text in prose[-(FLAGS.prompts - len(prompts)):]]
+  texts = [{"messages": [{"role": "user", "content": question},
+                         {"role": "assistant", "content": answer}]}
+           for question, answer in problems[2 * share:][:FLAGS.worked]]
+  texts += [{"text": text} for text in
+            passages(prose, 2000)[-FLAGS.prose_texts:]]
+  files = [path.read_text(encoding="utf-8", errors="ignore")
+           for path in sources()]
+  chunks = [text[at:at + 1600] for text in files
+            for at in range(0, max(len(text) - 1600, 1), 1600)]
+  rng.shuffle(chunks)
+  texts += [{"text": text} for text in chunks[:FLAGS.code_texts]]
+
+  output = pathlib.Path(FLAGS.output)
+  output.mkdir(parents=True, exist_ok=True)
+  for name, items in (("prompts", [{"prompt": p} for p in prompts]),
+                      ("texts", texts)):
+    (output / f"{name}.jsonl").write_text("".join(
+        json.dumps(item, ensure_ascii=False) + "\n" for item in items),
+        encoding="utf-8")
+    print(f"{len(items)} {name}")
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main)
