@@ -119,7 +119,8 @@ def main(argv: list[str]) -> None:
   problems = worked(FLAGS.questions)
   for name, found in (("prose", prose), ("german", german)):
     if not found:
-      raise SystemExit(f"--{name} holds no text; see --help for what to install")
+      raise SystemExit(f"--{name} holds no text; install what the first lines "
+                       "of this file name")
   for some in (prose, german, code, problems):
     rng.shuffle(some)
 
@@ -131,7 +132,8 @@ def main(argv: list[str]) -> None:
       + [f"{text}\n\nWhat is this about, and what should one know about it?"
          for text in short[:share // 2]]
       + [f"Translate German to English: {text}" for text in german[:share]]
-      + [f"Write a Python function {head}. {doc}" for head, doc in code[:share]])
+      + [f"Write a Python function {head}. {doc}"
+         for head, doc in code[:share]])
   # One-sentence questions about what prose speaks of.
   prompts += [f"What does this mean: {text.split('. ')[0]}?"
               for text in prose[-(FLAGS.prompts - len(prompts)):]]

@@ -13,7 +13,7 @@ that was killed goes on from its last checkpoint and ends in the same weights.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,8 @@ class Recipe:
     opening: what each of the first `opening_tokens` of an answer counts: they
       are what an early first token is judged by.
     prompts: what tokens of prompts count.
+    positions: of a batch that heads learn from at each step, drawn by what
+      they count; 0 for all of them.
     ahead: what each further Medusa head counts, relative to the one before.
     seed: of the order of texts.
   """
@@ -68,6 +70,7 @@ class Recipe:
   opening: float = 3.0
   opening_tokens: int = 8
   prompts: float = 0.3
+  positions: int = 0
   ahead: float = 0.8
   seed: int = 0
 
@@ -196,58 +199,106 @@ def counted(batch: Batch, recipe: Recipe) -> Float[Array, "B T"]:
   return jnp.where(at < batch.length[:, None], weight, 0.0)
 
 
+def drawn(weight: Float[Array, "B T"], count: int, key: Array
+          ) -> Float[Array, "B T"]:
+  """Counts 1 for `count` positions, drawn by their weight, and 0 for others.
+
+  Most of a step is the logits of its heads. A position that counts three times
+  as much is drawn about three times as often, and no other is read at all:
+  neither padding, nor most of what a prompt says.
+  """
+  noise = jax.random.gumbel(key, weight.shape)
+  score = jnp.where(weight > 0, jnp.log(weight) + noise, -jnp.inf)
+  least = jax.lax.top_k(score.reshape(-1), count)[0][-1]
+  return jnp.where((score >= least) & (weight > 0), 1.0, 0.0)
+
+
+@struct.dataclass
+class Spots:
+  """Positions that are judged: row by row, or a few of all.
+
+  Attributes:
+    weight: what each counts.
+    nth: its token's place in the answer that follows; negative in a prompt.
+  """
+
+  row: Int[Array, "M"]
+  column: Int[Array, "M"]
+  weight: Float[Array, "M"]
+  nth: Int[Array, "M"]
+  width: int = struct.field(pytree_node=False)
+
+  def ahead(self, count: int) -> tuple[Int[Array, "M"], Bool[Array, "M"]]:
+    """The columns so many behind, and which of them are in the text."""
+    column = self.column + count
+    return jnp.minimum(column, self.width - 1), column < self.width
+
+
+def spots(batch: Batch, recipe: Recipe, key: Array | None = None) -> Spots:
+  """All positions, or those that are drawn with `key`."""
+  rows, width = batch.tokens.shape
+  weight = counted(batch, recipe)
+  count = rows * width
+  flat = jnp.arange(count)
+  if key is not None and 0 < recipe.positions < count:
+    weight = drawn(weight, recipe.positions, key)
+    count = recipe.positions
+    flat = jax.lax.top_k(weight.reshape(-1), count)[1]
+  row, column = flat // width, flat % width
+  return Spots(row, column, weight[row, column],
+               column + 1 - batch.prompt_length[row], width)
+
+
 def told(head: Any, model: Transformer,
-         seen: Mapping[int, Float[Array, "B T D"]]
-         ) -> list[Float[Array, "B T W"]]:
-  """Logits of a head behind every token, by how far it looks ahead."""
+         seen: Mapping[int, Float[Array, "B T D"]], at: Spots
+         ) -> Iterator[tuple[int, Float[Array, "M W"]]]:
+  """How far a head looks ahead, and its logits at every spot."""
   if isinstance(head, ExitHead):
-    return [head(model, head.attended(seen[head.layer]))]
-  y = head(seen[model.depth])
-  return [head.logits(model, y[:, :, n]) for n in range(head.count)]
+    x = head.attended(seen[head.layer])[at.row, at.column]
+    yield 0, head(model, x[None])[0]
+    return
+  y = head(seen[model.depth][at.row, at.column][None])
+  for number in range(head.count):
+    # It looks one further than the model.
+    yield number + 1, head.logits(model, y[:, :, number])[0]
 
 
 def judge(head: Any, model: Transformer,
           seen: Mapping[int, Float[Array, "B T D"]], batch: Batch,
-          recipe: Recipe) -> Marks:
+          recipe: Recipe, at: Spots) -> Marks:
   """How far a head's laws are from the model's.
 
   Both are compared on the tokens the head can say. Where the text goes on with
   another there is nothing to learn, and all it says is wrong.
   """
   rows = getattr(head, "rows", None)
-  laws = jax.lax.stop_gradient(
-      model.unembed(seen[model.depth], None if rows is None else rows[...]))
-  weight = counted(batch, recipe)
-  at = jnp.arange(batch.tokens.shape[1])[None] + 1
-  nth = at - batch.prompt_length[:, None]              # of the answer
-  answer = (nth >= 0) & (weight > 0)
-  sayable = _next_sayable(head, batch.tokens)
-  # A Medusa head looks one further than the model, an exit head as far.
-  first = 1 if isinstance(head, MedusaHeads) else 0
+  rows = None if rows is None else rows[...]
+  sayable, weight = _next_sayable(head, batch.tokens), counted(batch, recipe)
   loss, scale, agreed, asked = jnp.zeros(()), 0.0, [], []
-  for number, logits in enumerate(told(head, model, seen)):
-    ahead, share = first + number, recipe.ahead**number
-
-    def cut(x, ahead=ahead):
-      return x[:, ahead:]
-
-    logits = logits[:, :logits.shape[1] - ahead]
-    able = cut(sayable)
-    each = _cross_entropy(cut(laws), logits)
-    w = cut(weight) * able
-    loss += share * jnp.sum(each * w) / jnp.maximum(jnp.sum(w), 1)
+  for number, (ahead, logits) in enumerate(told(head, model, seen, at)):
+    column, inside = at.ahead(ahead)
+    law = jax.lax.stop_gradient(model.unembed(
+        seen[model.depth][at.row, column][None], rows)[0])
+    inside &= weight[at.row, column] > 0
+    able = inside & sayable[at.row, column]
+    # A spot counts what it counts, however far ahead the head looks from it.
+    w, share = at.weight * able, recipe.ahead**number
+    loss += share * (jnp.sum(_cross_entropy(law, logits) * w)
+                     / jnp.maximum(jnp.sum(w), 1))
     scale += share
-    same = jnp.argmax(logits, -1) == jnp.argmax(cut(laws), -1)
-    agreed.append(_by_place(same & cut(answer) & able, cut(nth)))
-    asked.append(_by_place(cut(answer), cut(nth)))
+    nth = at.nth + ahead
+    answer = inside & (nth >= 0) & (at.weight > 0)
+    same = jnp.argmax(logits, -1) == jnp.argmax(law, -1)
+    agreed.append(_by_place(same & answer & able, nth))
+    asked.append(_by_place(answer, nth))
   return Marks(loss / scale, jnp.stack(agreed), jnp.stack(asked))
 
 
-def _by_place(flags: Bool[Array, "B T"], nth: Int[Array, "B T"]
+def _by_place(flags: Bool[Array, "M"], nth: Int[Array, "M"]
               ) -> Float[Array, "places"]:
   """How many are set at each place of an answer."""
   here = jax.nn.one_hot(jnp.clip(nth, 0, PLACES - 1), PLACES)
-  return jnp.sum(jnp.where(flags[..., None], here, 0.0), axis=(0, 1))
+  return jnp.sum(jnp.where(flags[:, None], here, 0.0), axis=0)
 
 
 def _next_sayable(head: Any, tokens: Int[Array, "B T"]) -> Bool[Array, "B T"]:
@@ -260,8 +311,8 @@ def _next_sayable(head: Any, tokens: Int[Array, "B T"]) -> Bool[Array, "B T"]:
   return ids[at] == after
 
 
-def _cross_entropy(laws: Float[Array, "B T W"], told: Float[Array, "B T W"]
-                   ) -> Float[Array, "B T"]:
+def _cross_entropy(laws: Float[Array, "M W"], told: Float[Array, "M W"]
+                   ) -> Float[Array, "M"]:
   return -jnp.sum(jax.nn.softmax(laws, axis=-1)
                   * jax.nn.log_softmax(told, axis=-1), axis=-1)
 
@@ -286,9 +337,12 @@ def advance(model: Transformer, heads: Heads, lesson: Lesson, batch: Batch,
   """One step of every head, from one pass of the model."""
   seen = jax.lax.stop_gradient(see(model, heads, batch))
   rule, weights, moments, marks = _rule(recipe), {}, {}, {}
+  at = spots(batch, recipe, jax.random.fold_in(
+      jax.random.key(recipe.seed), lesson.step))
   for name, head in heads.items():
     def loss(w, head=head):
-      found = judge(head.like(model, w), model, seen, batch, recipe)
+      found = judge(head.like(model, w), model, seen, batch, recipe,
+                    at)
       return found.loss, found
 
     old = lesson.weights[name]
@@ -302,8 +356,8 @@ def advance(model: Transformer, heads: Heads, lesson: Lesson, batch: Batch,
 def examine(model: Transformer, heads: Heads, batch: Batch, recipe: Recipe
             ) -> dict[str, Marks]:
   """What heads would be told of a batch, without learning from it."""
-  seen = see(model, heads, batch)
-  return {name: judge(head, model, seen, batch, recipe)
+  seen, at = see(model, heads, batch), spots(batch, recipe)
+  return {name: judge(head, model, seen, batch, recipe, at)
           for name, head in heads.items()}
 
 

@@ -73,6 +73,8 @@ def define_flags(values: flags.FlagValues) -> None:
   number("longest", 512, "tokens of a text at most; longer ones are cut")
   number("steps", 1000, "batches to learn from")
   number("batch_tokens", 2048, "tokens of a batch, padding included")
+  number("positions", 1024, "of a batch that heads learn from at each step, "
+         "drawn by what they count; 0 for all")
   number("seed", 0, "of the prompts, the answers and the order of texts")
   flags.DEFINE_float("rate", 1e-3, "highest learning rate", flag_values=values)
 
@@ -114,6 +116,7 @@ def main(settings: types.SimpleNamespace) -> None:
       tokens=settings.batch_tokens,
       widths=_widths(settings.longest),
       rate=settings.rate,
+      positions=settings.positions,
       seed=settings.seed,
     )
     pupils = {}

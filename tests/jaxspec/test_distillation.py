@@ -86,6 +86,37 @@ def test_what_counts():
       [0] * 12])
 
 
+def test_positions_are_drawn_by_what_they_count():
+  weight = jnp.zeros((4, 50)).at[0, :40].set(3.0).at[1, :40].set(1.0)
+  drawn = np.stack([distillation.drawn(weight, 10, jax.random.key(seed))
+                    for seed in range(200)])
+  assert set(drawn.ravel().tolist()) == {0.0, 1.0}
+  assert np.all(drawn.sum((1, 2)) == 10)
+  assert drawn[:, 2:].sum() == 0 and drawn[:, :2, 40:].sum() == 0
+  assert 2.2 < drawn[:, 0].sum() / drawn[:, 1].sum() < 3.4
+  # Fewer than are asked for: all of them, and nothing else.
+  assert distillation.drawn(weight, 100, jax.random.key(0)).sum() == 80
+
+
+def test_the_drawn_spots_are_judged_as_they_would_be_among_all(tiny):
+  texts = some_texts(4)
+  batch = distillation.batch_of(texts, 16)
+  few = dataclasses.replace(RECIPE, positions=12)
+  heads = heads_of(tiny)
+  seen = distillation.see(tiny, heads, batch)
+  whole = distillation.spots(batch, few)
+  at = distillation.spots(batch, few, jax.random.key(1))
+  assert at.row.shape == (12,) and np.asarray(at.weight).tolist() == [1.0] * 12
+  assert len(set(zip(at.row.tolist(), at.column.tolist()))) == 12
+  for head in heads.values():
+    found = list(distillation.told(head, tiny, seen, at))
+    for (ahead, some), (same, all_) in zip(
+        found, distillation.told(head, tiny, seen, whole)):
+      assert ahead == same
+      np.testing.assert_allclose(
+          some, all_.reshape(4, 16, -1)[at.row, at.column], atol=1e-5)
+
+
 def test_frequent_tokens_are_those_of_answers():
   texts = [Text([7, 7, 7, 1, 2, 2, 9], 3), Text([7, 3, 3, 3, 9, 1], 1)]
   assert distillation.frequent(texts, 3, 64).tolist() == [1, 3, 9] or (
@@ -157,13 +188,14 @@ def test_the_loss_is_least_for_the_models_own_law(tiny):
 
     def logits(self, model, y):
       # A head of this kind looks one further, so it is told the truth of it.
-      laws = model.unembed(seen[model.depth])
+      laws = model.unembed(y)
       slope = self.change * jnp.arange(64.0)[None, None]
       return jnp.roll(laws, -1, axis=1) + slope
 
   def loss(change):
     return float(distillation.judge(
-        Top(change), tiny, seen, batch, RECIPE).loss)
+        Top(change), tiny, seen, batch, RECIPE,
+        distillation.spots(batch, RECIPE)).loss)
   assert loss(0) < loss(1e-2) and loss(0) < loss(-1e-2)
 
 

@@ -26,7 +26,7 @@ from tests.conftest import tiny_config
 from tests.jaxspec import cycles
 
 STEPS = 24
-RECIPE = Recipe(steps=STEPS, tokens=32, widths=(16,), rate=3e-3)
+RECIPE = Recipe(steps=STEPS, tokens=32, widths=(16,), rate=3e-3, positions=20)
 
 
 def run(folder, on_step=None):
