@@ -4,8 +4,9 @@
   apt-get install debian-reference-en developers-reference fortunes-de
   python -m experiments.lessons --questions=gsm8k_train.jsonl --output=DIR
 
-Prompts, which the model answers itself: worked problems, summaries, questions
-about a passage, translations from German, and code. And texts, which are
+Prompts, which the model answers itself: problems to be worked, all sorts of
+requests about everyday topics, summaries, questions about a passage,
+translations from German, and code. And texts, which are
 learnt from as they are: worked answers, prose and sources. It is all made from
 what any machine can install. None of it is of Spec-Bench, on which heads are
 judged.
@@ -27,6 +28,30 @@ from absl import app, flags
 FLAGS = flags.FLAGS
 PROSE = ("/usr/share/debian-reference", "/usr/share/doc/developers-reference")
 GERMAN = "/usr/share/games/fortunes/de"
+TOPICS = (
+    "the sea", "a lost dog", "photosynthesis", "the French Revolution", "chess",
+    "learning to cook", "black holes", "a small village", "democracy", "bees",
+    "the stock market", "insomnia", "electric cars", "ancient Rome", "jazz",
+    "a job interview", "volcanoes", "friendship", "the human heart", "robots",
+    "inflation", "gardening", "a rainy day", "prime numbers", "vaccines",
+    "the Moon", "public speaking", "coffee", "climate change", "a dragon",
+    "time management", "Shakespeare", "gravity", "running a marathon", "bread",
+    "the Internet", "a birthday party", "earthquakes", "poverty", "painting",
+    "dreams", "the Great Wall of China", "bicycles", "plate tectonics", "tea",
+    "artificial intelligence", "a haunted house", "supply and demand", "birds",
+    "the periodic table", "moving to a new city", "saving money", "football",
+    "the water cycle", "a train journey", "programming in Python", "glaciers",
+    "World War II", "healthy eating", "the number pi", "old age", "castles")
+REQUESTS = (
+    "Write a short story about {}.", "What is {}?", "Tell me about {}.",
+    "Explain {} to a child.", "Give me five tips about {}.",
+    "Write a poem about {}.", "Write an email to a friend about {}.",
+    "Why does {} matter?", "List some facts about {}.", "Who knows most of {}?",
+    "What are the pros and cons of {}?", "How would you describe {}?",
+    "Pretend to be a teacher and speak of {}.", "When did {} begin?",
+    "Compare {} with something quite different.", "Where can I find {}?",
+    "Write a blog post about {}.", "What should I ask about {}?",
+    "Is it true that {} can change a life?", "Make a plan to learn of {}.")
 
 
 def define_flags() -> None:
@@ -36,7 +61,7 @@ def define_flags() -> None:
   flags.DEFINE_string("output", None, "a folder", required=True)
   flags.DEFINE_multi_string("prose", PROSE, "folders of English HTML")
   flags.DEFINE_string("german", GERMAN, "a folder of German fortunes")
-  flags.DEFINE_integer("prompts", 1400, "to be answered")
+  flags.DEFINE_integer("prompts", 1100, "to be answered")
   flags.DEFINE_integer("worked", 2000, "questions with their answers")
   flags.DEFINE_integer("prose_texts", 250, "texts of prose")
   flags.DEFINE_integer("code_texts", 350, "texts of code")
@@ -124,8 +149,10 @@ def main(argv: list[str]) -> None:
   for some in (prose, german, code, problems):
     rng.shuffle(some)
 
-  share = FLAGS.prompts // 7
+  share = FLAGS.prompts // 8
   short, long = passages(prose, 500), passages(prose, 900)
+  everyday = [request.format(topic) for request in REQUESTS for topic in TOPICS]
+  rng.shuffle(everyday)
   prompts = (
       [question for question, _ in problems[:2 * share]]
       + [f"Summarize: {text}" for text in long[:share]]
@@ -134,9 +161,7 @@ def main(argv: list[str]) -> None:
       + [f"Translate German to English: {text}" for text in german[:share]]
       + [f"Write a Python function {head}. {doc}"
          for head, doc in code[:share]])
-  # One-sentence questions about what prose speaks of.
-  prompts += [f"What does this mean: {text.split('. ')[0]}?"
-              for text in prose[-(FLAGS.prompts - len(prompts)):]]
+  prompts += everyday[:FLAGS.prompts - len(prompts)]
   texts = [{"messages": [{"role": "user", "content": question},
                          {"role": "assistant", "content": answer}]}
            for question, answer in problems[2 * share:][:FLAGS.worked]]
