@@ -18,6 +18,7 @@ import pytest
 from jaxspec import drafters, heads, loop, sampling, stages
 from jaxspec.caches import Place
 from jaxspec.caches.contiguous import ContiguousCache
+from jaxspec.confidence import confidence
 from jaxspec.drafters import early_exit
 from jaxspec.drafters.adaptive import Adaptive
 from jaxspec.drafters.autoregressive import Autoregressive
@@ -98,7 +99,7 @@ def test_rows_stop_each_for_itself(tiny):
   head = ExitHead.init(tiny, layer=2)
   prompts = batches.prompts(8)
   state = batches.begin(tiny, EarlyExit(head, CHAIN), prompts, GREEDY)
-  sure = jax.jit(lambda: early_exit.confidence(
+  sure = jax.jit(lambda: confidence(
       head(tiny, EarlyExit(head, CHAIN).propose(
           tiny, state.seq, state.request, state.draft
       )[0].head_start.x)[:, 0], "top"))()
@@ -147,19 +148,6 @@ def test_adaptive_early_exit_is_exact(tiny, options):
   state = batches.run(tiny, drafter, prompts, options)
   assert batches.answers(state) == batches.answers(plain)
   assert batches.accepted(state) > 0
-
-
-@pytest.mark.parametrize("measure", early_exit.MEASURES)
-def test_confidence(measure):
-  p = np.array([[.7, .2, .1, 0], [.25, .25, .25, .25], [1, 0, 0, 0]])
-  wanted = {
-      "top": [.7, .25, 1], "margin": [.5, 0, 1],
-      "entropy": [1 + sum(x * np.log(x) for x in (.7, .2, .1)) / np.log(4),
-                  0, 1]}
-  with np.errstate(divide="ignore"):
-    logits = jnp.asarray(np.log(p) + 3, jnp.float32)
-  np.testing.assert_allclose(early_exit.confidence(logits, measure),
-                             wanted[measure], atol=1e-6)
 
 
 @pytest.mark.parametrize("choices", [
