@@ -9,7 +9,6 @@
             coefficients `jaxspec.calibration` fits
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -50,7 +49,7 @@ def features(found: Any, place: Any) -> list[Any]:
   return [np_.ones_like(place), *(odds[..., n] for n in range(3)), place]
 
 
-def chance(found: Any, place: Any, coefficients: Sequence[Any]) -> Any:
+def chance(found: Any, place: Any, coefficients: Any) -> Any:
   """The chance that `learned` tells."""
   np_ = jnp if isinstance(found, jax.Array) else np
   score = sum(c * f for c, f in zip(coefficients, features(found, place)))
