@@ -73,6 +73,8 @@ class Answer:
     self._text = ""            # their text, as far as it is whole characters
     self._shown = 0            # characters of it already handed out
     self._guessed = 0          # provisional characters on display
+    # The tokens they are, and since when each is there.
+    self._displayed: list[tuple[int, float]] = []
     self._asked = time.perf_counter()
     self._first: float | None = None
 
@@ -91,6 +93,7 @@ class Answer:
     start, end = view.prompt_length[row], view.length[row]
     ids = view.tokens[row, start:end].tolist()
     new, self._taken = ids[self._taken:], len(ids)
+    self._display(new, settled=True)
     ended = bool(view.done[row])
     cut = self._read(ids, new, ended)
     if cut is not None or ended:
@@ -103,12 +106,30 @@ class Answer:
 
   def guess(self, ids: Sequence[int]) -> Iterator[TextEvent]:
     """Yields the text that drafted `ids` would add."""
-    if self._tokenizer is None or not len(ids):
+    ids = [int(i) for i in ids]
+    if self._tokenizer is None or not ids:
       return
-    text = self._tokenizer.decode([int(i) for i in ids])
+    text = self._tokenizer.decode(
+        ids[:-1] if ids[-1] in self._stops else ids)
     if text:
-      yield TextEvent(text, False, self._guessed)
-      self._guessed = len(text)
+      self._display(ids)
+      replaced, self._guessed = self._guessed, len(text)
+      yield TextEvent(text, False, replaced)
+
+  def _display(self, ids: Sequence[int], settled: bool = False) -> None:
+    """Counts what is put on display, and what is taken back from it."""
+    now, old = time.perf_counter(), self._displayed
+    same = 0
+    while same < min(len(ids), len(old)) and ids[same] == old[same][0]:
+      same += 1
+    self._stats.retracted += len(old) - same
+    self._stats.retracted_seconds += sum(now - since
+                                         for _, since in old[same:])
+    if settled:
+      self._displayed = []
+      return
+    self._stats.shown += len(ids) - same
+    self._displayed = [*old[:same], *((i, now) for i in ids[same:])]
 
   def _read(self, ids: list[int], new: list[int], ended: bool) -> int | None:
     """Adds new tokens to the text.

@@ -71,6 +71,9 @@ class Proposal:
       `Drafter.priors`); None if there is one kind.
     chances: that the path to each node is accepted, where the drafter knows
       better than its kinds tell.
+    shown: how many nodes behind the root, on the path of first children, the
+      drafter is sure enough of to show them before they are settled; None for
+      all that are live.
   """
 
   tokens: Int[Array, "B N"]
@@ -80,6 +83,7 @@ class Proposal:
   probs: Float[Array, "B N V"] | None = None
   kinds: Int[Array, "B N"] | None = None
   chances: Float[Array, "B N"] | None = None
+  shown: Int[Array, "B"] | None = None
   head_start: HeadStart | None = None
   replacement: bool = struct.field(pytree_node=False, default=False)
   sizes: tuple[int, ...] = struct.field(pytree_node=False, default=())
@@ -111,6 +115,16 @@ class Proposal:
   def mask(self) -> Bool[Array, "B N N"]:
     return jnp.broadcast_to(jnp.asarray(self.tree.mask),
                             (*self.tokens.shape, self.tree.size))
+
+  @property
+  def leads(self) -> Bool[Array, "B N"]:
+    """Live nodes on the path of first children, what is believed in most."""
+    parents, node = self.parents, jnp.arange(self.tree.size)
+    # A node leads if no earlier one has the same parent; so must its ancestors.
+    rivals = ((parents[:, :, None] == parents[:, None])
+              & (node[:, None] > node[None])[None])
+    leads = self.alive & ~jnp.any(rivals, axis=-1)
+    return leads & ~jnp.any(self.mask & ~leads[:, None], axis=-1)
 
   def path_to(self, node: Int[Array, "B"]) -> Int[Array, "B P"]:
     """The nodes from the root to `node`; what lies beyond it is 0."""
@@ -304,6 +318,9 @@ class Drafter(Protocol):
       be neither cut nor joined with others.
     paced: whether it drafts no more than it is told: `propose` takes `most`,
       a number of nodes, and `plan(rows)` is its proposal but for the tokens.
+    stepwise: whether it drafts depth by depth if asked: `look`, `deepen` for
+      each depth and `close` are `propose` in parts, and what is sure is shown
+      after each.
     opens: whether it can draft behind a prompt that only the lower layers
       have read, see `jaxspec.opening`.
     unmeasured: whether it waits for what passes of its `sizes` cost.
@@ -319,6 +336,7 @@ class Drafter(Protocol):
   honest: bool = False
   whole: bool = False
   paced: bool = False
+  stepwise: bool = False
   opens: bool = False
   unmeasured: bool = False
   coupled: bool = False

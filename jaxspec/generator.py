@@ -34,6 +34,7 @@ from jaxspec.answers import Answer, Completion, TextEvent
 from jaxspec.base import DecodeState, Drafter, Emission, Verifier
 from jaxspec.drift import DriftMonitor
 from jaxspec.errors import InputError, nearest
+from jaxspec.first_tokens import FirstTokens
 from jaxspec.models.transformer import Source, Transformer, abstract_source
 from jaxspec.options import Options, as_request
 from jaxspec.pacing import Meter
@@ -65,6 +66,7 @@ class Generator:
                capacity: int | None = None, cache: str = "contiguous",
                cache_dtype: str | None = None,
                prefill: str = "chunk_major",
+               first_tokens: FirstTokens | None = None,
                mesh: jax.sharding.Mesh | None = None,
                eos_ids: Sequence[int] = (),
                defaults: Mapping[str, Any] | None = None):
@@ -82,6 +84,8 @@ class Generator:
         `layer_major` takes all of it through the lower layers first, so that
         a head there can say at once what may come first (see
         `jaxspec.opening`). For drafters with a head on a lower layer.
+      first_tokens: what answers mostly begin with, shown by `stream` while
+        the prompt is not read yet.
       mesh: where the model lies.
       eos_ids: the model's own end tokens.
       defaults: the checkpoint's generation config.
@@ -119,6 +123,11 @@ class Generator:
                        f"says, and drafter {self._drafter_name} has none; use "
                        "early_exit")
     self.prefill = prefill
+    if first_tokens and first_tokens.vocab != model.vocab:
+      raise InputError("first_tokens was learnt for a vocabulary of "
+                       f"{first_tokens.vocab} tokens and the model has "
+                       f"{model.vocab}; learn it from answers of this model")
+    self.first_tokens = first_tokens
     if (getattr(self.verifier, "needs_probs", False) and self.drafter.height
         and not self.drafter.honest):
       raise InputError(
@@ -238,8 +247,15 @@ class Generator:
     return [finished[i] for i in range(len(finished))]
 
   def stream(self, prompt: Prompt, options: Options | None = None, *,
-             chat: bool = False) -> Iterator[TextEvent]:
+             chat: bool = False, hold_until_settled: bool = False
+             ) -> Iterator[TextEvent]:
     """Decodes one prompt, yielding text as it is made.
+
+    What has effects that cannot be taken back, such as a tool that is called
+    or a voice that speaks, must see settled text alone.
+
+    Args:
+      hold_until_settled: yield no provisional text, nor work for any.
 
     Yields:
       Provisional text as soon as it is drafted, then the settled text in its
@@ -250,13 +266,16 @@ class Generator:
     with self._batch():
       with jax.set_mesh(self.mesh):
         state = self._take_state()
-      if self.prefill == "layer_major":
+      held = hold_until_settled
+      if self.first_tokens and not held:
+        yield from answer.guess(self.first_tokens.guess(answer.prompt_ids))
+      if self.prefill == "layer_major" and not held:
         state = yield from self._show(answer, state)
       else:
         with jax.set_mesh(self.mesh):
           state = self._fill(state, [None] * self.rows, deque([answer]))
       yield from answer.take(_View(state), 0)
-      while self._meter and not answer.completion:
+      while (self._meter or held) and not answer.completion:
         with jax.set_mesh(self.mesh):
           state = self._decode(state, 1, True)
         yield from answer.take(_View(state), 0)
@@ -281,14 +300,16 @@ class Generator:
     with jax.set_mesh(self.mesh):
       rows, *prompt = self._prompts([0], [answer], self._bucket(answer))
       seen = self._glimpse(*prompt)
-    emission = seen.emission()
-    if emission.count[0]:
-      yield from answer.guess(emission.tokens[0].tolist())
-    with jax.set_mesh(self.mesh):
-      seen = opening.go_on(self.model, self.drafter, seen)
-      tokens, count = loop.leading(seen.proposal)
-    if count[0] > 1:
-      yield from answer.guess(tokens[0, :int(count[0])].tolist())
+    steps = opening.unfold(self.model, self.drafter, seen)
+    shown = 0
+    while seen.proposal is None:
+      with jax.set_mesh(self.mesh):       # not while the caller has control
+        emission, seen = next(steps)
+        count = int(emission.count[0])
+        drafted = np.asarray(emission.tokens)[0, :count].tolist()
+      if count > shown:
+        shown = count
+        yield from answer.guess(drafted)
     with jax.set_mesh(self.mesh):
       state, _ = self._open(state, rows, seen)
       jax.block_until_ready(state)

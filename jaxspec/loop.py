@@ -224,38 +224,97 @@ def _settle(model, drafter, verifier, state, proposal):
   return pin(state), emission
 
 
+# A step whose drafts are made depth by depth, each depth a program.
+
+
+@jax.jit
+def _look(model, drafter, state):
+  walk = drafter.look(model, state.seq, state.request, state.draft)
+  return walk, *_seen(drafter, state, walk)
+
+
+@functools.partial(jax.jit, static_argnames=("depth",),
+                   donate_argnames=("walk",))
+def _deepen(model, drafter, state, walk, depth):
+  walk = drafter.deepen(model, state.seq, state.request, state.draft, walk,
+                        depth)
+  return walk, *_seen(drafter, state, walk)
+
+
+@functools.partial(jax.jit, donate_argnames=("state", "walk"))
+def _close(drafter, state, walk):
+  proposal, draft = drafter.close(state.seq, state.draft, walk)
+  return proposal, pin(state.replace(draft=draft))
+
+
+def _seen(drafter, state, walk):
+  """What is shown of a proposal so far, and whether it goes on."""
+  proposal, _ = drafter.close(state.seq, state.draft, walk)
+  return (provisional(state.seq, state.request, proposal, state.done),
+          jnp.any(walk.wants & ~state.done))
+
+
 def stream(model: Model, drafter: Drafter, verifier: Verifier,
            state: DecodeState) -> Iterator[tuple[Emission, DecodeState]]:
   """The same two halves of a step, from the host.
 
+  Drafts leave the device as soon as they are known: those of a drafter that is
+  `stepwise` one depth after another, those of any other together. What the
+  drafter is not sure enough of does not leave it before it is settled (see
+  `Proposal.shown`). All that is pending is then settled in one pass.
+
   Yields:
-    What is proposed, as soon as it is known and not settled; then what
-    stands, settled. The state beside it is the one after that half.
+    What is proposed, not settled; each is more than the one before and takes
+    its place. Then what stands, settled. The state beside it is the one after
+    that half.
   """
   while not bool(jnp.all(state.done)):
-    proposal, state = _propose(model, drafter, state)
-    if proposal.tree.size > 1:
-      tokens, count = leading(proposal)
-      yield Emission(state.seq.length, tokens,
-                     jnp.where(state.done, 0, count), settled=False), state
+    if drafter.stepwise:
+      walk, emission, more = _look(model, drafter, state)
+      shown = 0
+      for depth in range(1, drafter.height + 2):
+        count = int(jnp.sum(emission.count))
+        if count > shown:
+          shown = count
+          yield emission, state
+        if depth > drafter.height or not bool(more):
+          break
+        walk, emission, more = _deepen(model, drafter, state, walk, depth)
+      proposal, state = _close(drafter, state, walk)
+    else:
+      proposal, state = _propose(model, drafter, state)
+      if proposal.tree.size > 1:
+        yield provisional(state.seq, state.request, proposal,
+                          state.done), state
     state, emission = _settle(model, drafter, verifier, state, proposal)
     yield emission, state
 
 
 @jax.jit
+def provisional(seq: Sequences, request: Request, proposal: Proposal,
+                done: Bool[Array, "B"]) -> Emission:
+  """What may be shown of a proposal before it is settled.
+
+  Nothing behind an end token or the limit, where a text ends in any case.
+  """
+  tokens, count = leading(proposal)
+  count, _ = stages.finish(request, seq.length, tokens, count)
+  return Emission(seq.length, tokens, jnp.where(done, 0, count), settled=False)
+
+
+@jax.jit
 def leading(proposal: Proposal) -> tuple[Int[Array, "B P"], Int[Array, "B"]]:
-  """The path of first children, what a drafter believes in most."""
-  parents, alive = proposal.parents, proposal.alive
-  # A node leads if no earlier one has the same parent; so must its ancestors.
-  node = jnp.arange(proposal.tree.size)
-  rivals = ((parents[:, :, None] == parents[:, None])
-            & (node[:, None] > node[None])[None])
-  leads = alive & ~jnp.any(rivals, axis=-1)
-  leads = leads & ~jnp.any(proposal.mask & ~leads[:, None], axis=-1)
-  last = jnp.argmax(jnp.where(leads, proposal.depths, -1), axis=1)
+  """The path of first children, what a drafter believes in most.
+
+  Returns:
+    Its tokens, and how many of them may be shown.
+  """
+  last = jnp.argmax(jnp.where(proposal.leads, proposal.depths, -1), axis=1)
   tokens = jnp.take_along_axis(proposal.tokens, proposal.path_to(last)[:, 1:],
                                axis=1)
   depth = jnp.take_along_axis(proposal.depths, last[:, None], axis=1)[:, 0]
+  if proposal.shown is not None:
+    depth = jnp.minimum(depth, proposal.shown)
   return tokens, depth
 
 
@@ -275,5 +334,5 @@ def pin(state: DecodeState) -> DecodeState:
   return jax.tree.map(place, state)
 
 
-__all__ = ["decode", "init", "insert", "leading", "pin", "prefill", "release",
-           "stream"]
+__all__ = ["decode", "init", "insert", "leading", "pin", "prefill",
+           "provisional", "release", "stream"]

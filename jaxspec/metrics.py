@@ -54,6 +54,9 @@ class Stats:
     dropped: tokens decoded and thrown away by the host, which alone can see
       a stop string.
     requests: how many requests were added up.
+    shown: tokens that a stream showed before they were settled.
+    retracted: how many of them something else took the place of.
+    retracted_seconds: how long those were on display, all together.
   """
 
   prompt_tokens: int = 0
@@ -78,6 +81,19 @@ class Stats:
   wall_seconds: float = 0.0
   dropped: int = 0
   requests: int = 1
+  shown: int = 0
+  retracted: int = 0
+  retracted_seconds: float = 0.0
+
+  @property
+  def retraction_rate(self) -> float:
+    """Share of what was shown unsettled that was taken back."""
+    return self.retracted / self.shown if self.shown else 0.0
+
+  @property
+  def seconds_before_retraction(self) -> float:
+    """How long a token that was taken back was on display, on average."""
+    return self.retracted_seconds / self.retracted if self.retracted else 0.0
 
   @property
   def drafts(self) -> int:
@@ -126,6 +142,9 @@ class Stats:
         "compiles_cached",
         "wall_seconds",
         "dropped",
+        "shown",
+        "retracted",
+        "retracted_seconds",
       )
     }
     def same(name):
@@ -175,6 +194,7 @@ class Stats:
     _at_most("drafts", self.drafts, "requests + passes",
              self.requests + self.passes)
     _at_most("compiles_cached", self.compiles_cached, "compiles", self.compiles)
+    _at_most("retracted", self.retracted, "shown", self.shown)
     # A tree drafts several nodes at one position, a chain exactly one.
     _at_most(
       "sum(drafted_by_position)",
@@ -219,6 +239,12 @@ class Stats:
         f"({100 * self.acceptance_rate:.1f}%) "
         f"mean_len={self.mean_length:.2f} pos=[{rates}]"
       )
+    if self.shown:
+      part = (f"shown {self.shown} tok early, {self.retracted} taken back "
+              f"({100 * self.retraction_rate:.1f}%)")
+      if self.retracted:
+        part += f" after {_duration(self.seconds_before_retraction)}"
+      parts.append(part)
     cached = f" ({self.compiles_cached} cached)" if self.compiles_cached else ""
     parts.append(f"compiles {self.compiles}{cached}")
     if memory:
@@ -233,6 +259,8 @@ class Stats:
       "drafts": self.drafts,
       "acceptance_rate": self.acceptance_rate,
       "mean_length": self.mean_length,
+      "retraction_rate": self.retraction_rate,
+      "seconds_before_retraction": self.seconds_before_retraction,
     }
 
 

@@ -9,7 +9,7 @@ drafts go through the upper layers together, in which the first tokens are
 settled: no layer takes a token twice, and no weight is read once more.
 
   glimpse    prompts through the lower layers; what the head says
-  go_on      the rest of the drafts
+  go_on      the rest of the drafts; `unfold`, the same one after another
   settle     both through the upper layers; the first tokens of the answer
 
 The price is memory for the stream below the head, at all positions of the
@@ -17,13 +17,14 @@ prompts, and that nothing else is decoded in between.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec import stages
 from jaxspec.base import (
@@ -38,7 +39,7 @@ from jaxspec.base import (
 )
 from jaxspec.caches import Fresh, Place
 from jaxspec.caches.contiguous import ContiguousCache
-from jaxspec.loop import pin
+from jaxspec.loop import pin, provisional
 
 Layers = tuple[Float[Array, "R G T K"], ...]
 
@@ -53,6 +54,7 @@ class Glimpse:
     x: below the head, at every position.
     draft: the drafter's state of these rows.
     walk: the proposal as far as it is made.
+    shown: how many drafts the drafter is sure enough of to show them.
   """
 
   seq: Sequences
@@ -60,13 +62,13 @@ class Glimpse:
   x: Float[Array, "R T D"]
   draft: Any
   walk: Any
+  shown: Int[Array, "R"]
   proposal: Proposal | None = None
 
   def emission(self) -> Emission:
     """What the head says of the first token; nothing where it is not sure."""
-    sure = self.walk.live > 1
     return Emission(self.seq.length, self.walk.tokens[:, 1:2],
-                    sure.astype(jnp.int32), settled=False)
+                    jnp.minimum(self.shown, 1), settled=False)
 
 
 @functools.partial(jax.jit, static_argnames=("chunk", "dtype"))
@@ -89,7 +91,7 @@ def glimpse(model: Any, drafter: Any, tokens: Int[Array, "R T"],
     fresh = fresh.write(layer, 0, _at(k[layer], length), _at(v[layer], length))
   begun = HeadStart(_last(x, length), fresh, depth)
   walk = drafter.look(model, seq, request, draft, begun)
-  return Glimpse(seq, request, x, draft, walk)
+  return Glimpse(seq, request, x, draft, walk, drafter.shown(seq, walk))
 
 
 @jax.jit
@@ -97,7 +99,56 @@ def go_on(model: Any, drafter: Any, glimpse: Glimpse) -> Glimpse:
   """Drafts as far as the drafter goes."""
   g = glimpse
   proposal, draft = drafter.go_on(model, g.seq, g.request, g.draft, g.walk)
-  return g.replace(proposal=proposal, draft=draft)
+  return g.replace(proposal=proposal, draft=draft, shown=proposal.shown)
+
+
+def unfold(model: Any, drafter: Any, glimpse: Glimpse
+           ) -> Iterator[tuple[Emission, Glimpse]]:
+  """Drafts as `go_on` does, and tells after each depth what may be shown.
+
+  Yields:
+    What may be shown so far, whenever it is more than before. In the end, once
+    more, all of it; the glimpse beside it is that of `go_on`.
+  """
+  shown = glimpse.emission()
+  count = int(jnp.sum(shown.count))
+  if count:
+    yield shown, glimpse
+  if drafter.stepwise:
+    walk, depth = glimpse.walk, 1
+    more = jnp.any(walk.wants)
+    while depth <= drafter.height and bool(more):
+      walk, new, more = _deepen(model, drafter, glimpse, walk, depth)
+      depth += 1
+      if int(jnp.sum(new.count)) > count:
+        shown, count = new, int(jnp.sum(new.count))
+        yield shown, glimpse
+    glimpse = _close(drafter, glimpse, walk)
+  else:
+    glimpse = go_on(model, drafter, glimpse)
+    shown = provisional(glimpse.seq, glimpse.request, glimpse.proposal,
+                        _none(glimpse))
+  yield shown, glimpse
+
+
+@functools.partial(jax.jit, static_argnames=("depth",))
+def _deepen(model, drafter, glimpse, walk, depth):
+  g = glimpse
+  walk = drafter.deepen(model, g.seq, g.request, g.draft, walk, depth)
+  proposal, _ = drafter.close(g.seq, g.draft, walk)
+  return (walk, provisional(g.seq, g.request, proposal, _none(g)),
+          jnp.any(walk.wants))
+
+
+def _none(glimpse: Glimpse) -> Bool[Array, "R"]:
+  return jnp.zeros(len(glimpse.seq.length), bool)
+
+
+@jax.jit
+def _close(drafter, glimpse, walk):
+  proposal, draft = drafter.close(glimpse.seq, glimpse.draft, walk)
+  return glimpse.replace(walk=walk, proposal=proposal, draft=draft,
+                         shown=proposal.shown)
 
 
 @functools.partial(jax.jit, static_argnames=("verifier", "chunk"),
@@ -278,4 +329,4 @@ def _last(x: Float[Array, "R T D"], length: Int[Array, "R"]
   return jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
 
 
-__all__ = ["Glimpse", "glimpse", "go_on", "settle"]
+__all__ = ["Glimpse", "glimpse", "go_on", "settle", "unfold"]

@@ -100,23 +100,17 @@ class _File(Results):
 def _shower(settings: types.SimpleNamespace) -> Callable[[TextEvent], None]:
   """Returns what shows an event the way that was asked for."""
   if settings.emit == "jsonl":
-    show = _show_json
-  elif sys.stdout.isatty():
-    show = Terminal().show
-  else:
-    # What was printed cannot be taken back.
-    return _settled_only(lambda event: print(event.text, end="", flush=True))
-  return _settled_only(show) if settings.hold_until_settled else show
+    return _show_json
+  if sys.stdout.isatty():
+    return Terminal().show
+  return lambda event: print(event.text, end="", flush=True)
 
 
-def _settled_only(
-  show: Callable[[TextEvent], None],
-) -> Callable[[TextEvent], None]:
-  def held(event: TextEvent) -> None:
-    if event.settled:
-      show(dataclasses.replace(event, replaces=0))
-
-  return held
+def _holds(settings: types.SimpleNamespace) -> bool:
+  """Whether settled text alone is shown."""
+  # What was printed cannot be taken back.
+  printed = settings.emit == "text" and not sys.stdout.isatty()
+  return settings.hold_until_settled or printed
 
 
 def _show_json(event: TextEvent) -> None:
@@ -359,7 +353,10 @@ def _decode_one(
       profiling.trace(settings.profile_dir),
       profiling.count_compiles() as compiles,
     ):
-      for event in generator.stream(prompt, options, chat=settings.chat):
+      for event in generator.stream(
+        prompt, options, chat=settings.chat,
+        hold_until_settled=_holds(settings),
+      ):
         show(event)
         completion = event.completion or completion
   finally:
@@ -425,6 +422,8 @@ _NOT_IDENTITY = (
   "prompts",
   "emit",
   "hold_until_settled",
+  "first_tokens",
+  "first_token_share",
 )
 
 

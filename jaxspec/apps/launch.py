@@ -183,6 +183,20 @@ def define_generator_flags(values: flags.FlagValues) -> None:
     "so that early_exit can show a first token before the rest is computed",
     flag_values=values,
   )
+  flags.DEFINE_string(
+    "first_tokens",
+    None,
+    "a table of what answers begin with, made by calibrate "
+    "--first_tokens=FILE: a likely one is shown, unsettled, before the prompt "
+    "is read",
+    flag_values=values,
+  )
+  flags.DEFINE_float(
+    "first_token_share",
+    0.5,
+    "the share of answers that must begin with it for it to be shown",
+    flag_values=values,
+  )
   define_place_flags(values)
   flags.DEFINE_string(
     "profile_dir", None, "write an XProf trace there", flag_values=values
@@ -422,8 +436,14 @@ def load_generator(settings: types.SimpleNamespace) -> Generator:
   """Returns the generator that the settings describe."""
   verifier = verifier_text(settings)
   use_compilation_cache(settings.compilation_cache_dir)
+  from jaxspec import first_tokens
   from jaxspec.generator import Generator
 
+  more = {}
+  if settings.first_tokens:
+    more["first_tokens"] = first_tokens.load(
+      settings.first_tokens, settings.first_token_share
+    )
   with progress("loading") as on_progress:
     generator = Generator.load(
       settings.model,
@@ -436,6 +456,7 @@ def load_generator(settings: types.SimpleNamespace) -> Generator:
       cache=settings.cache,
       prefill=settings.prefill,
       on_progress=on_progress,
+      **more,
     )
   if verifier.partition(":")[0] == "simulated":
     say("warning: acceptance is simulated; the text is not the model's")

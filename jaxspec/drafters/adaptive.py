@@ -146,6 +146,9 @@ class Adaptive(Drafter):
   def go_on(self, *args):
     return self.drafter.go_on(*args)
 
+  def shown(self, seq, walk):
+    return self.drafter.shown(seq, walk)
+
   def begin(self, state, rows, new, request):
     return self._begun(state, rows, self.drafter.begin(
         state.inner, rows, new, request))

@@ -7,6 +7,10 @@ is a head start: verification takes up where drafting ended, so that no layer
 runs twice on a token (LayerSkip, arXiv:2404.16710). Drafts are drawn with the
 noise of the model's own samples, so that a head that knows the law says the
 very token.
+
+Two thresholds on the head's confidence: below `stop` it drafts no further,
+which is a matter of speed; below `show` no draft is shown before it is
+settled, which is a matter of what is taken back.
 """
 
 from typing import Any
@@ -30,12 +34,12 @@ from jaxspec.base import (
 )
 from jaxspec.caches import Cache, Fresh, Place
 from jaxspec.caches.contiguous import ContiguousCache
+from jaxspec.confidence import MEASURES, confidence
 from jaxspec.errors import InputError, nearest
-from jaxspec.heads import ExitHead
+from jaxspec.heads import NEVER, ExitHead
 from jaxspec.tree import Choices, Tree, closed, from_paths
 
 _CHUNK = 512
-MEASURES = ("top", "margin", "entropy")
 
 
 @struct.dataclass
@@ -57,26 +61,33 @@ class EarlyExit(Drafter):
 
   Attributes:
     choices: the ranks taken on the way to each node.
-    stop: a row drafts no further behind a node whose confidence is less.
-    measure: of confidence: `top`, the probability of the likeliest token;
-      `margin`, by how much it exceeds that of the next; `entropy`, one minus
-      the entropy as a share of the largest there can be.
+    stop: a row drafts no further where the head's confidence is less.
+    show: a draft is shown before it is settled if it is live, and the
+      confidence with which it was drafted is at least this, as is that of all
+      between it and the root.
+    show_first: the same of the first token of an answer.
+    measure: of confidence, see `jaxspec.confidence`.
+    coefficients: of the measure `learned`.
     cache_dtype: of the keys and values of the head's attention.
   """
 
   head: ExitHead
   choices: Choices = struct.field(pytree_node=False)
+  show: Any = 0.0
+  show_first: Any = 0.0
+  coefficients: Float[Array, "F"] | None = None
   stop: float = struct.field(pytree_node=False, default=0.0)
   measure: str = struct.field(pytree_node=False, default="top")
   cache_dtype: str = struct.field(pytree_node=False, default="float32")
 
   paced = True
+  stepwise = True
   opens = True
 
   @classmethod
   def build(cls, target: Any, heads: Any = "", layer: Any = 0, length: Any = 4,
-            widths: Any = "", stop: Any = 0.0, measure: Any = "top"
-            ) -> "EarlyExit":
+            widths: Any = "", stop: Any = 0.0, show: Any = None,
+            show_first: Any = None, measure: Any = "") -> "EarlyExit":
     """For the target.
 
     Args:
@@ -86,11 +97,20 @@ class EarlyExit(Drafter):
       widths: in its place, how many children the nodes of each depth have, as
         in `[3;2;1]`: a tree.
       stop: the least confidence with which a row drafts further.
-      measure: of confidence.
+      show: the least confidence with which a draft is shown before it is
+        settled; above 1 none is. By default what the head was calibrated to,
+        or else 0.
+      show_first: the same of the first token of an answer; by default what
+        the head was calibrated to, or else `show`.
+      measure: of confidence; by default the one the head was calibrated for,
+        or else `top`.
     """
     naming.whole("early_exit", "length", length, 1, 64)
     stop = naming.number("early_exit", "stop", stop, 0, 1)
-    if measure not in MEASURES:
+    for name, value in (("show", show), ("show_first", show_first)):
+      if value is not None:
+        naming.number("early_exit", name, value, 0, NEVER)
+    if measure and measure not in MEASURES:
       raise InputError(f"early_exit: measure {measure!r} is unknown; there are "
                        f"{', '.join(MEASURES)}.{nearest(measure, MEASURES)}")
     depth = target.model.depth
@@ -99,12 +119,31 @@ class EarlyExit(Drafter):
                        "head, or layer=N for the plain early exit")
     if layer:
       naming.whole("early_exit", "layer", layer, 1, depth - 1)
-      head = ExitHead.init(target.model, layer=layer)
+      head, known = ExitHead.init(target.model, layer=layer), None
     else:
-      head = heads_lib.load(str(heads), target.model, "exit").heads
+      stored = heads_lib.load(str(heads), target.model, "exit")
+      head, known = stored.heads, stored.calibration
+    measure = measure or (known.measure if known else "top")
+    fits = known is not None and known.measure == measure
+    if measure == "learned" and not fits:
+      raise InputError("early_exit: measure learned needs a head that was "
+                       "calibrated with it; run python -m jaxspec calibrate "
+                       "--measure=learned")
+    if known and not fits and show is None:
+      raise InputError(f"early_exit: {heads} is calibrated for measure="
+                       f"{known.measure}, and {measure} is asked for; say what "
+                       "may be shown, as in show=0.5, or calibrate it again")
+    if show_first is None:
+      show_first = known.first if fits else show
+    if show is None:
+      show = known.later if fits else 0.0
+    coefficients = None
+    if measure == "learned":
+      coefficients = jnp.asarray(known.coefficients, jnp.float32)
     choices = _bushy(str(widths)) if widths else tuple(
         (0,) * d for d in range(1, length + 1))
-    return cls(head, choices, stop, measure, target.cache_dtype)
+    return cls(head, choices, float(show), float(show_first or 0.0),
+               coefficients, stop, measure, target.cache_dtype)
 
   @property
   def taps(self):
@@ -173,6 +212,7 @@ class EarlyExit(Drafter):
     walk = _Walk(
         tokens=jnp.zeros((rows, self.size), jnp.int32).at[:, :1].set(
             seq.tail()),
+        confidence=jnp.zeros((rows, self.size), jnp.float32),
         x=jnp.zeros((rows, self.size, x.shape[-1]), x.dtype),
         fresh=model.init_fresh(seq.cache, self.size), own=state.fresh,
         live=jnp.ones(rows, jnp.int32), wants=jnp.ones(rows, bool))
@@ -191,16 +231,44 @@ class EarlyExit(Drafter):
       first = int(np.argmax(tree.depths == depth))
 
       def go(walk, depth=depth):
-        return self._go(model, seq, request, state, walk, depth, most)
+        return self.deepen(model, seq, request, state, walk, depth, most)
       walk = lax.cond(jnp.any(walk.wants) & (first < limit), go,
                       lambda walk: walk, walk)
+    return self.close(seq, state, walk, most)
+
+  def deepen(self, model: Model, seq: Sequences, request: Request,
+             state: ExitState, walk: "_Walk", depth: int,
+             most: Int[Array, ""] | None = None) -> "_Walk":
+    """Takes the drafts of one depth through the lower layers, and drafts the
+    next behind them; see `go_on`, which does so as long as a row wants it."""
+    return self._go(model, seq, request, state, walk, depth, most)
+
+  def close(self, seq: Sequences, state: ExitState, walk: "_Walk",
+            most: Int[Array, ""] | None = None
+            ) -> tuple[Proposal, ExitState]:
+    """Makes a proposal of a walk that goes no further."""
+    tree = self.tree
+    live = walk.live if most is None else jnp.minimum(walk.live, most)
     # Rows that stop need no pass as wide as the tree.
     ends = np.cumsum(np.bincount(tree.depths)).tolist() if self.stop else ()
     return self.plan(len(seq.length)).replace(
-        tokens=walk.tokens, live=jnp.minimum(walk.live, limit),
+        tokens=walk.tokens, live=live, shown=self.shown(seq, walk),
         sizes=tuple(ends),
         head_start=HeadStart(walk.x, walk.fresh, self.head.layer)
     ), state.replace(fresh=walk.own)
+
+  def shown(self, seq: Sequences, walk: "_Walk") -> Int[Array, "B"]:
+    """How many drafts, on the path of first children, may be shown."""
+    path = [0]
+    while (child := int(self.tree.children[path[-1], 0])) > 0:
+      path.append(child)
+    nodes = np.array(path[1:])
+    opening = ((seq.length == seq.prompt_length)[:, None]
+               & (self.tree.depths[nodes] == 1)[None])
+    least = jnp.where(opening, self.show_first, self.show)
+    sure = ((walk.confidence[:, nodes] >= least)
+            & (nodes[None] < walk.live[:, None]))
+    return jnp.sum(jnp.cumprod(sure.astype(jnp.int32), axis=1), axis=1)
 
   def observe(self, model, seq, state, proposal, scores, verdict):
     if state.cache is None:
@@ -250,6 +318,7 @@ class EarlyExit(Drafter):
     tree, rank, tokens = self.tree, self._ranks(), walk.tokens
     parents = np.unique(np.array(tree.parents)[below])
     logits = self.head(model, y[:, np.searchsorted(level, parents)])
+    sure = walk.confidence
     history = sampling.History(
         seq.tokens, seq.prompt_length, seq.length, tokens,
         jnp.broadcast_to(jnp.asarray(tree.mask), (*tokens.shape, tree.size)))
@@ -261,11 +330,14 @@ class EarlyExit(Drafter):
       said = sampling.draws(law, request.sampling, positions[:, parent] + 1,
                             int(rank[children].max()) + 1)
       tokens = tokens.at[:, children].set(said[:, rank[children]])
+      place = positions[:, parent] + 1 - seq.prompt_length
+      sure = sure.at[:, children[0]].set(confidence(
+          logits[:, column], self.measure, place, self.coefficients))
     # The first node of a depth is on the likeliest path.
-    sure = confidence(logits[:, 0], self.measure) >= self.stop
-    wants = walk.wants & sure
-    return walk.replace(tokens=tokens, wants=wants, live=jnp.where(
-        wants, int(below[-1]) + 1, walk.live))
+    wants = walk.wants & (sure[:, below[0]] >= self.stop)
+    return walk.replace(
+        tokens=tokens, confidence=sure, wants=wants,
+        live=jnp.where(wants, int(below[-1]) + 1, walk.live))
 
   def _ranks(self) -> Int[np.ndarray, "N"]:
     """Of each node among its siblings; nodes as `from_paths` puts them."""
@@ -308,6 +380,8 @@ class _Walk:
   """A proposal in the making.
 
   Attributes:
+    confidence: with which each node was drafted; 0 for the root, for what is
+      not drafted yet, and for all but the first of siblings.
     x: below the exit, of every node that was taken there.
     fresh: keys and values of the lower layers.
     own: of the head's attention.
@@ -315,23 +389,12 @@ class _Walk:
   """
 
   tokens: Int[Array, "B N"]
+  confidence: Float[Array, "B N"]
   x: Float[Array, "B N D"]
   fresh: Fresh
   own: Fresh | None
   live: Int[Array, "B"]
   wants: Bool[Array, "B"]
-
-
-def confidence(logits: Float[Array, "B V"], measure: str) -> Float[Array, "B"]:
-  """How sure a head is, in [0, 1]; see `EarlyExit.measure`."""
-  p = jax.nn.softmax(logits, axis=-1)
-  if measure == "entropy":
-    entropy = -jnp.sum(jnp.where(p > 0, p * jnp.log(p), 0.0), axis=-1)
-    return 1 - entropy / np.log(logits.shape[-1])
-  if measure == "top":
-    return jnp.max(p, axis=-1)
-  best = lax.top_k(p, 2)[0]
-  return best[:, 0] - best[:, 1]
 
 
 def _bushy(text: str) -> Choices:

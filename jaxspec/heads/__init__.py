@@ -13,9 +13,11 @@ it, so that a new kind touches no list. It has `init` for untrained heads,
 
 from jaxspec.heads.eagle import EagleHead, default_taps
 from jaxspec.heads.exit import ExitHead
-from jaxspec.heads.folder import Stored, fingerprint, load, save
+from jaxspec.heads.folder import Stored, fingerprint, load, note, save
 from jaxspec.heads.kinds import kinds, parse
 from jaxspec.heads.medusa import MedusaHeads
+from jaxspec.heads.settings import NEVER, Calibration
 
-__all__ = ["EagleHead", "ExitHead", "MedusaHeads", "Stored", "default_taps",
-           "fingerprint", "kinds", "load", "parse", "save"]
+__all__ = ["NEVER", "Calibration", "EagleHead", "ExitHead", "MedusaHeads",
+           "Stored", "default_taps", "fingerprint", "kinds", "load", "note",
+           "parse", "save"]

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from jaxspec.errors import InputError
 from jaxspec.heads.base import beside, dtype_of
 from jaxspec.heads.kinds import kinds
-from jaxspec.heads.settings import Settings
+from jaxspec.heads.settings import Calibration, Settings
 from jaxspec.models.transformer import Transformer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -54,11 +54,14 @@ class Stored:
   Attributes:
     choices: the tree it comes with, best node first; empty for none.
     accuracy: what `medusa.measure` found; None where nothing was measured.
+    calibration: what may be shown before it is settled; None where that was
+      not looked into.
   """
 
   heads: Any
   choices: tuple[tuple[int, ...], ...] = ()
   accuracy: Float[np.ndarray, "heads ranks"] | None = None
+  calibration: Calibration | None = None
 
 
 def save(folder: str | pathlib.Path, heads: Any, model: Transformer, *,
@@ -80,8 +83,36 @@ def save(folder: str | pathlib.Path, heads: Any, model: Transformer, *,
       {name: np.ascontiguousarray(value) for name, value in weights.items()},
       folder / WEIGHTS)
   # Last: a folder without it is not one of heads.
-  (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n",
-                               encoding="utf-8")
+  _write(folder / CONFIG, config)
+
+
+def note(folder: str | pathlib.Path, calibration: Calibration) -> None:
+  """Keeps beside heads what may be shown of them.
+
+  Raises:
+    InputError: the folder holds no heads, or cannot be written.
+  """
+  from jaxspec.checkpoint import hf  # pulls in file formats
+  path = _config_of(folder)
+  try:
+    _write(path, hf.read_json(path) | {
+        "calibration": dataclasses.asdict(calibration)})
+  except OSError as error:
+    raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _config_of(folder: str | pathlib.Path) -> pathlib.Path:
+  path = pathlib.Path(folder) / CONFIG
+  if not path.is_file():
+    raise InputError(f"{folder} has no {CONFIG}; pass a folder that "
+                     "jaxspec.heads.save wrote")
+  return path
+
+
+def _write(path: pathlib.Path, config: dict[str, Any]) -> None:
+  new = path.with_name(path.name + ".new")
+  new.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+  new.replace(path)
 
 
 def load(folder: str | pathlib.Path, model: Transformer, kind: str) -> Stored:
@@ -95,11 +126,7 @@ def load(folder: str | pathlib.Path, model: Transformer, kind: str) -> Stored:
       not as its config says.
   """
   from jaxspec.checkpoint import hf  # pulls in file formats
-  folder = pathlib.Path(folder)
-  path = folder / CONFIG
-  if not path.is_file():
-    raise InputError(f"{folder} has no {CONFIG}; pass a folder that "
-                     "jaxspec.heads.save wrote")
+  folder, path = pathlib.Path(folder), _config_of(folder)
   config = Settings(path, hf.read_json(path))
   if config.get("kind") != kind:
     raise InputError(f"{path} is of kind {config.get('kind')!r}; pass a folder "
@@ -127,7 +154,8 @@ def load(folder: str | pathlib.Path, model: Transformer, kind: str) -> Stored:
     heads = kinds()[kind].read(model, source, config, tokens)
     file.refuse_unread()
   columns = getattr(heads, "count", 1)
-  return Stored(heads, config.choices(columns), config.accuracy(columns))
+  return Stored(heads, config.choices(columns), config.accuracy(columns),
+                config.calibration())
 
 
 class _File:

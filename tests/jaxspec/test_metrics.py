@@ -157,6 +157,23 @@ def test_tokens_behind_a_stop_string_are_accounted_for():
   dataclasses.replace(speculative(), new_tokens=250, dropped=7).reconcile()
 
 
+def test_what_was_shown_too_early_is_told():
+  stats = dataclasses.replace(speculative(), shown=40, retracted=4,
+                              retracted_seconds=0.2)
+  stats.reconcile()
+  assert ("| shown 40 tok early, 4 taken back (10.0%) after 50.0 ms | compiles"
+          in stats.line(""))
+  whole = metrics.total([stats, speculative(), stats])
+  assert (whole.shown, whole.retracted) == (80, 8)
+  assert whole.seconds_before_retraction == pytest.approx(0.05)
+  assert stats.as_dict()["retraction_rate"] == pytest.approx(0.1)
+  kept = dataclasses.replace(stats, retracted=0, retracted_seconds=0.0)
+  assert "| shown 40 tok early, 0 taken back (0.0%) | comp" in kept.line("")
+  assert "early" not in speculative().line("")
+  with pytest.raises(AssertionError, match="retracted"):
+    dataclasses.replace(stats, retracted=41).reconcile()
+
+
 def test_json_holds_fields_and_formulas():
   record = json.loads(json.dumps(speculative().as_dict()))
   assert record["drafted"] == 312 and record["accepted"] == 178

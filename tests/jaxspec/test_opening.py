@@ -112,6 +112,38 @@ def test_nothing_is_shown_where_the_head_is_not_sure():
   assert batches.answers(state) == [cycles.recited([t], 1) for t in (2, 7)]
 
 
+def test_what_is_shown_has_thresholds_of_its_own():
+  """Of the first token, and of those behind it; the text is the same."""
+  model, texts = cycles.model(), [[5, 9, 2], [7]]
+  for show_first, show, shown in ((2.0, 0.0, 0), (0.0, 2.0, 1), (0.0, 0.0, 3)):
+    drafter = EarlyExit(cycles.exit_head(), CHAIN, show=show,
+                        show_first=show_first)
+    state, seen, emission = begin(model, drafter, texts, GREEDY)
+    assert seen.emission().count.tolist() == [min(shown, 1)] * 2
+    assert seen.proposal.shown.tolist() == [shown] * 2
+    assert batches.answers(state) == [cycles.recited(t, 4) for t in texts]
+
+
+def test_drafts_unfold_one_after_another(small, drafter):
+  texts = batches.prompts(2)
+  tokens, lengths = batches.padded(texts)
+  request = batches.requests(small, texts, SAMPLED)
+  seen = opening.glimpse(small, drafter, tokens, lengths, request, chunk=512,
+                         dtype=jnp.dtype("float32"))
+  whole = opening.go_on(small, drafter, seen)
+  told = list(opening.unfold(small, drafter, seen))
+  assert [e.count.tolist() for e, _ in told] == [[1, 1], [2, 2], [2, 2]]
+  last = told[-1][1]
+  np.testing.assert_array_equal(last.proposal.tokens, whole.proposal.tokens)
+  np.testing.assert_allclose(last.proposal.head_start.x,
+                             whole.proposal.head_start.x, atol=1e-5)
+  doubtful = drafter.replace(stop=1.0)
+  seen = opening.glimpse(small, doubtful, tokens, lengths, request, chunk=512,
+                         dtype=jnp.dtype("float32"))
+  ((emission, last),) = opening.unfold(small, doubtful, seen)
+  assert emission.count.tolist() == [0, 0] and last.proposal is not None
+
+
 def test_a_row_that_begins_disturbs_no_other(small, drafter):
   texts = batches.prompts(4)
   wanted = batches.answers(batches.run(

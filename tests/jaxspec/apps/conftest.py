@@ -78,14 +78,16 @@ class FakeGenerator:
         on_completion(at, done[at])
     return [done[at] for at in range(len(prompts))]
 
-  def stream(self, prompt, options, *, chat=False):
+  def stream(self, prompt, options, *, chat=False, hold_until_settled=False):
     FakeGenerator.chat = chat
     completion = self._complete(prompt, options)
-    yield TextEvent("a guess", settled=False)
+    if not hold_until_settled:
+      yield TextEvent("a guess", settled=False)
     for at, word in enumerate(completion.text.split(" ")):
       if self.fails_after == 0:
         raise self.failure("as asked")
-      yield TextEvent(word + ".", settled=True, replaces=0 if at else 7)
+      yield TextEvent(word + ".", settled=True,
+                      replaces=0 if at or hold_until_settled else 7)
     yield TextEvent("", settled=True, completion=completion)
 
 

@@ -18,6 +18,7 @@ import pytest
 from jaxspec import drafters, heads, loop, sampling, stages
 from jaxspec.caches import Place
 from jaxspec.caches.contiguous import ContiguousCache
+from jaxspec.confidence import confidence
 from jaxspec.drafters import early_exit
 from jaxspec.drafters.adaptive import Adaptive
 from jaxspec.drafters.autoregressive import Autoregressive
@@ -25,6 +26,7 @@ from jaxspec.drafters.early_exit import EarlyExit
 from jaxspec.errors import InputError
 from jaxspec.heads import ExitHead
 from jaxspec.models.transformer import Transformer, random_source
+from jaxspec.profiling import count_compiles
 from jaxspec.verifiers.exact import exact
 from tests.jaxspec import batches, cycles
 from tests.jaxspec.batches import GREEDY, SAMPLED
@@ -98,7 +100,7 @@ def test_rows_stop_each_for_itself(tiny):
   head = ExitHead.init(tiny, layer=2)
   prompts = batches.prompts(8)
   state = batches.begin(tiny, EarlyExit(head, CHAIN), prompts, GREEDY)
-  sure = jax.jit(lambda: early_exit.confidence(
+  sure = jax.jit(lambda: confidence(
       head(tiny, EarlyExit(head, CHAIN).propose(
           tiny, state.seq, state.request, state.draft
       )[0].head_start.x)[:, 0], "top"))()
@@ -138,6 +140,95 @@ def test_no_more_is_drafted_than_pays(tiny):
     assert not said[:, taken:].any()
 
 
+def test_each_draft_has_its_confidence(tiny):
+  """That of the head behind its parent; and so far it may be shown."""
+  head = ExitHead.init(tiny, layer=2)
+  state = batches.begin(tiny, EarlyExit(head, BUSHY), batches.prompts(8),
+                        GREEDY)
+
+  @jax.jit
+  def walk(drafter, state):
+    walk = drafter.look(tiny, state.seq, state.request, state.draft)
+    for depth in (1, 2, 3):
+      walk = drafter.deepen(tiny, state.seq, state.request, state.draft, walk,
+                            depth)
+    proposal, _ = drafter.close(state.seq, state.draft, walk)
+    return walk, proposal, head(tiny, walk.x)
+
+  found, _, logits = walk(EarlyExit(head, BUSHY), state)
+  wanted = np.zeros((8, 7))
+  for parent, eldest in ((0, 1), (1, 3), (2, 5), (3, 6)):
+    wanted[:, eldest] = confidence(logits[:, parent], "top")
+  np.testing.assert_allclose(found.confidence, wanted, rtol=1e-5)
+  path = wanted[:, [1, 3, 6]]
+  show = float(np.median(path))
+  _, proposal, _ = walk(EarlyExit(head, BUSHY, show=show), state)
+  run = np.cumprod(path >= show, axis=1).sum(axis=1)
+  np.testing.assert_array_equal(proposal.shown, run)
+  assert len(set(run.tolist())) > 2 and proposal.live.tolist() == [7] * 8
+  np.testing.assert_array_equal(loop.leading(proposal)[1], run)
+  # What is not drafted for speed's sake is not shown either.
+  stop = float(np.median(path[:, 0]))
+  _, proposal, _ = walk(EarlyExit(head, BUSHY, stop=stop), state)
+  np.testing.assert_array_equal(proposal.shown > 0, path[:, 0] >= stop)
+
+
+def test_the_first_token_has_a_threshold_of_its_own():
+  model, head = cycles.model(), cycles.exit_head()
+  drafter = EarlyExit(head, CHAIN, show=2.0, show_first=0.0)
+  state = batches.begin(model, drafter, PROMPTS, GREEDY)
+  walk = drafter.look(model, state.seq, state.request, state.draft)
+  assert drafter.shown(state.seq, walk).tolist() == [0] * 3
+  fresh = state.seq.replace(prompt_length=state.seq.length)
+  assert drafter.shown(fresh, walk).tolist() == [1] * 3
+
+
+def test_drafts_made_in_parts_are_the_same(tiny):
+  """Replayed, a stream is `decode`; each emission is more than the last."""
+  head = ExitHead(tiny, random_source(4), layer=3, mlp=8, attention=True)
+  prompts = batches.prompts(3)
+  for drafter, options in ((EarlyExit(head, BUSHY, stop=0.02), GREEDY),
+                           (EarlyExit(ExitHead.init(tiny, layer=3), CHAIN,
+                                      stop=0.3, show=0.5), SAMPLED)):
+    whole = batches.run(tiny, drafter, prompts, options)
+    state = batches.begin(tiny, drafter, prompts, options)
+    texts, counts, wrong, right = batches.texts_of(state), None, 0, 0
+    for emission, after in loop.stream(tiny, drafter, exact, state):
+      state = after
+      start, count = emission.start.tolist(), emission.count.tolist()
+      tokens = np.asarray(emission.tokens)
+      if emission.settled:
+        counts = None
+        for row, text in enumerate(texts):
+          text += tokens[row, :count[row]].tolist()
+        continue
+      assert start == [len(text) for text in texts] or state.done.any()
+      assert sum(count) > sum(counts or [0])
+      assert all(a >= b for a, b in zip(count, counts or [0] * 3))
+      counts = count
+      told = batches.texts_of(whole)
+      for row, n in enumerate(count):
+        same = tokens[row, :n].tolist() == told[row][start[row]:][:n]
+        right += n > 0 and same
+        wrong += not same
+    assert texts == batches.texts_of(state) == batches.texts_of(whole)
+    assert right > 3 and wrong > 3
+    assert cycles.leaves_equal(state.counters, whole.counters)
+    batches.check_cache(tiny, state)
+
+
+def test_a_stream_compiles_once(tiny):
+  drafter = EarlyExit(ExitHead.init(tiny, layer=3), CHAIN, stop=0.3, show=0.5)
+
+  def run(drafter, options):
+    state = batches.begin(tiny, drafter, batches.prompts(3), options)
+    return sum(1 for _ in loop.stream(tiny, drafter, exact, state))
+  run(drafter.replace(show=0.1), GREEDY)
+  with count_compiles() as compiles:
+    run(drafter, SAMPLED)
+  assert compiles.count == 0
+
+
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED])
 def test_adaptive_early_exit_is_exact(tiny, options):
   head = ExitHead.init(tiny, layer=3, attention=True)
@@ -147,19 +238,6 @@ def test_adaptive_early_exit_is_exact(tiny, options):
   state = batches.run(tiny, drafter, prompts, options)
   assert batches.answers(state) == batches.answers(plain)
   assert batches.accepted(state) > 0
-
-
-@pytest.mark.parametrize("measure", early_exit.MEASURES)
-def test_confidence(measure):
-  p = np.array([[.7, .2, .1, 0], [.25, .25, .25, .25], [1, 0, 0, 0]])
-  wanted = {
-      "top": [.7, .25, 1], "margin": [.5, 0, 1],
-      "entropy": [1 + sum(x * np.log(x) for x in (.7, .2, .1)) / np.log(4),
-                  0, 1]}
-  with np.errstate(divide="ignore"):
-    logits = jnp.asarray(np.log(p) + 3, jnp.float32)
-  np.testing.assert_allclose(early_exit.confidence(logits, measure),
-                             wanted[measure], atol=1e-6)
 
 
 @pytest.mark.parametrize("choices", [
@@ -235,6 +313,9 @@ def test_drafts_are_samples_with_the_models_noise(tiny, tokens):
     ("layer=2,heads=[x]", "needs heads=FOLDER"),
     ("layer=4", r"layer must be an integer in \[1, 3\], got 4"),
     ("layer=2,length=0", r"length must be an integer in \[1, 64\], got 0"),
+    ("layer=2,show=3", r"show must be a number in \[0, 2\], got 3"),
+    ("layer=2,show_first=x", r"show_first must be a number in \[0, 2\]"),
+    ("layer=2,measure=learned", "was calibrated with it; run"),
     ("layer=2,stop=2", r"stop must be a number in \[0, 1\], got 2"),
     ("layer=2,measure=tops", "Did you mean 'top'"),
     ("layer=2,widths=[3;x]", "widths must be"),
@@ -256,3 +337,39 @@ def test_settings_reach_the_drafter(tiny, tmp_path):
   tree = parse("layer=1,widths=[3;2;1]")
   assert (tree.size, tree.height, tree.taps) == (16, 3, (1,))
   assert len(tree.priors) == 3
+
+
+def test_what_was_calibrated_is_taken(tiny, tmp_path):
+  heads.save(tmp_path, ExitHead.init(tiny, layer=2), tiny)
+
+  def parse(options=""):
+    return drafters.parse(f"early_exit:heads=[{tmp_path}]{options}",
+                          drafters.Target(tiny))
+  assert (parse().show, parse().show_first) == (0, 0)
+  assert parse(",show=0.3").show_first == 0.3
+  heads.note(tmp_path, heads.Calibration(
+      "learned", 0.7, 2.0, 0.1, 0.95, (1.0, 2.0, 3.0, 4.0, 5.0)))
+  found = parse()
+  assert (found.measure, found.show, found.show_first) == ("learned", 2.0, 0.7)
+  assert found.coefficients.tolist() == [1, 2, 3, 4, 5]
+  other = parse(",show=0.4")
+  assert (other.show, other.show_first) == (0.4, 0.7)
+  with pytest.raises(InputError, match="calibrated for measure=learned, and "):
+    parse(",measure=top")
+  plain = parse(",measure=top,show=0.4")
+  assert (plain.measure, plain.show, plain.show_first) == ("top", 0.4, 0.4)
+  assert plain.coefficients is None
+
+
+def test_what_is_learned_decides(tiny):
+  """The place in the answer counts, on the device as on the host."""
+  head = ExitHead.init(tiny, layer=2)
+  weights = jnp.asarray([0.0, 0, 0, 0, 1.0])
+  drafter = EarlyExit(head, CHAIN, measure="learned", coefficients=weights)
+  state = batches.begin(tiny, drafter, batches.prompts(3), GREEDY)
+  state = batches.finish(tiny, drafter, state, steps=2)
+  walk = jax.jit(drafter.look)(tiny, state.seq, state.request, state.draft)
+  place = np.asarray(state.seq.length - state.seq.prompt_length)
+  assert len(set(place.tolist())) > 1 or place.min() > 1
+  np.testing.assert_allclose(
+      walk.confidence[:, 1], 1 / (1 + np.exp(-np.log1p(place))), rtol=1e-5)

@@ -54,6 +54,49 @@ def test_what_was_measured_comes_back(small, tmp_path):
   np.testing.assert_array_equal(found.accuracy, accuracy)
 
 
+LEARNED = heads.Calibration("learned", 0.5, 2.0, 0.1, 0.95,
+                            (1.0, -2.0, 0.5, 0.0, 3.0))
+
+
+@pytest.mark.parametrize("calibration", [
+    LEARNED, heads.Calibration("top", 0.0, 1.0, 0.05, 0.9)])
+def test_calibrations_come_back(small, tmp_path, calibration):
+  heads.save(tmp_path, KINDS["exit"](small), small)
+  assert heads.load(tmp_path, small, "exit").calibration is None
+  heads.note(tmp_path, LEARNED)
+  heads.note(tmp_path, calibration)
+  found = heads.load(tmp_path, small, "exit")
+  assert found.calibration == calibration
+  assert cycles.leaves_equal(found.heads, KINDS["exit"](small))
+  assert sorted(p.name for p in tmp_path.iterdir()) == [
+      "config.json", "model.safetensors"]
+  with pytest.raises(InputError, match="has no config.json"):
+    heads.note(tmp_path / "nowhere", LEARNED)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(measure="tops"), "one of top, margin, entropy, learned"),
+    (dict(measure=["top"]), "calibration must be"),
+    (dict(first=3), r"numbers in \[0, 2\]"),
+    (dict(later=-0.1), r"numbers in \[0, 2\]"),
+    (dict(later=None), "numbers in"), (dict(first=float("nan")), "numbers in"),
+    (dict(first=True), "numbers in"), (dict(risk=2), r"numbers in \[0, 1\]"),
+    (dict(confidence="x"), "numbers in"), (dict(more=1), "calibration must be"),
+    (dict(coefficients=None), "coefficients are 5 numbers"),
+    (dict(coefficients=[1, 2]), "coefficients are 5 numbers"),
+    (dict(coefficients=[1, 2, 3, 4, "x"]), "coefficients are 5 numbers"),
+    (dict(measure="top"), "coefficients are 5 numbers")])
+def test_wrong_calibrations_are_refused(small, tmp_path, change, words):
+  heads.save(tmp_path, KINDS["exit"](small), small)
+  heads.note(tmp_path, LEARNED)
+  path = tmp_path / "config.json"
+  config = json.loads(path.read_text())
+  config["calibration"] |= change
+  path.write_text(json.dumps(config))
+  with pytest.raises(InputError, match=words):
+    heads.load(tmp_path, small, "exit")
+
+
 def test_gemma_like_and_mixture_models_have_heads(tmp_path):
   """The layer is dense, sees everything, and is shaped like the model's."""
   model = Transformer(

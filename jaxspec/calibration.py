@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From which confidence on may a head's tokens be shown before they are
+settled, so that no more than a given share of them is taken back?
+
+Learn-then-Test (arXiv:2110.01052, and CALM, arXiv:2207.07061): thresholds are
+tested one after another, each lower than the one before, until one fails; the
+last that passed is taken. Of the held-out texts one half fits the measure
+`learned` and says where to begin, which may be anywhere as long as the other
+half, by which thresholds are tested, has no part in it.
+
+What is guaranteed: with probability `confidence` over the texts it was found
+on, at most `risk` of what is shown of texts like these is taken back. "Like
+these" is the whole of it: prompts of another kind, sampled answers, or another
+model have no guarantee. It is given twice, each time by itself:
+
+* For first tokens of answers. There is one a text, texts are independent, and
+  the test is the exact one of binomial counts.
+* For later tokens. Those of one text are not independent, so a text counts as
+  one sample, which is the share of its shown tokens that is taken back, and
+  the mean over texts is tested, by betting (arXiv:2010.09686, section 4).
+  Tokens are drafted in chains, and one that is taken back takes with it what
+  was shown behind it. How sure a head would have been there is not known, for
+  the text goes on differently; so all of it is counted as shown and taken back.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxspec import loop
+from jaxspec.confidence import COEFFICIENTS, MEASURES, chance, features, signs
+from jaxspec.corpus import Text
+from jaxspec.heads import NEVER, Calibration, ExitHead
+from jaxspec.heads.base import dtype_of
+from jaxspec.models.transformer import Transformer
+
+# Descending: the strictest comes first.
+THRESHOLDS = (0.999, 0.995, *(n / 100 for n in range(99, -1, -1)))
+_PART = 64                 # positions whose logits are there at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """What a head said of one answer, place by place.
+
+  Attributes:
+    signs: what its confidence is made of, see `jaxspec.confidence`.
+    right: whether the model says so too, greedily.
+  """
+
+  signs: Float[np.ndarray, "T 3"]
+  right: Bool[np.ndarray, "T"]
+
+  def confidence(self, measure: str, coefficients: Sequence[float] | None
+                 ) -> Float[np.ndarray, "T"]:
+    if measure != "learned":
+      return self.signs[:, MEASURES.index(measure)]
+    return chance(self.signs, np.arange(len(self.right)), coefficients)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """What becomes of one threshold, on the half that it was tested by.
+
+  Attributes:
+    shown: the share of tokens that are shown early.
+    texts: of how many texts something is.
+    retracted: the share of it that is taken back, as the mean of these texts.
+    low, high: where that share lies, with 95 % confidence (Clopper-Pearson;
+      where texts are samples, of as many coins as would spread as they do).
+    p: how likely the data is if the risk is higher than it may be.
+  """
+
+  threshold: float
+  shown: float
+  texts: int
+  retracted: float
+  low: float
+  high: float
+  p: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """A calibration and what it rests on.
+
+  Attributes:
+    first: of first tokens.
+    later: of later tokens, in chains.
+    alone: of later tokens, each behind text that stands; tested for nothing.
+    texts: that thresholds were tested by.
+  """
+
+  calibration: Calibration
+  first: list[Row]
+  later: list[Row]
+  alone: list[Row]
+  texts: int
+
+
+# What a head says.
+
+
+def see(model: Transformer, head: ExitHead, texts: Sequence[Text],
+        on_text: Callable[[int, int], None] | None = None) -> list[Seen]:
+  """What a head says of answers, and whether it is right.
+
+  Args:
+    texts: each a prompt and an answer, neither of them empty.
+  """
+  found = []
+  for number, text in enumerate(texts, 1):
+    width = _PART
+    while width < len(text.tokens):
+      width *= 2
+    tokens = np.zeros((1, width), np.int32)
+    tokens[0, :len(text.tokens)] = text.tokens
+    said, right = jax.device_get(_see(
+        model, head, tokens, np.array([len(text.tokens)], np.int32)))
+    # The token at place n is foretold behind the one before it.
+    here = slice(text.prompt_length - 1, len(text.tokens) - 1)
+    found.append(Seen(said[here].astype(np.float64), right[here]))
+    if on_text:
+      on_text(number, len(texts))
+  return found
+
+
+@jax.jit
+def _see(model: Transformer, head: ExitHead, tokens: Int[Array, "1 T"],
+         length: Int[Array, "1"]
+         ) -> tuple[Float[Array, "T 3"], Bool[Array, "T"]]:
+  prefix = loop.prefill(
+      model, (head.layer, model.depth), tokens, length,
+      chunk=tokens.shape[1], dtype=jnp.dtype(dtype_of(model)))
+  below, top = prefix.features
+
+  def judge(both):
+    low, high = both
+    logits = head(model, low)
+    said = jnp.argmax(logits, axis=-1)
+    if head.tokens is not None:
+      said = head.tokens[...][said]
+    return signs(logits), said == jnp.argmax(model.unembed(high), axis=-1)
+
+  def parts(x):
+    return x.reshape(-1, 1, _PART, x.shape[-1])
+  found, right = lax.map(judge, (parts(head.attended(below)), parts(top)))
+  return found.reshape(-1, 3), right.reshape(-1)
+
+
+# Which thresholds hold.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+  """Of one text: what is shown from which confidence on, and what of it is
+  taken back."""
+
+  confidence: Float[np.ndarray, "n"]
+  stands: Float[np.ndarray, "n"]
+  falls: Float[np.ndarray, "n"]
+  places: int
+
+
+def calibrate(seen: Sequence[Seen], *, measure: str = "top",
+              risk: float = 0.1, confidence: float = 0.95, length: int = 4,
+              seed: int = 0) -> Found:
+  """Finds the lowest thresholds that hold; `NEVER` where none does.
+
+  Args:
+    seen: held-out answers, in any order.
+    length: drafts of a chain.
+    seed: by which texts are halved, and betted on in turn.
+  """
+  order = np.random.default_rng(seed).permutation(len(seen))
+  guide, test = (
+      [seen[i] for i in order[half::2]] for half in (1, 0))
+  coefficients = None
+  if measure == "learned":
+    coefficients = fit(guide)
+
+  def sure(text):
+    return text.confidence(measure, coefficients)
+
+  def find(view: Callable[..., _Shown], p_value: Callable[..., float]
+           ) -> tuple[float, list[Row]]:
+    halves = [[view(sure(text), text.right) for text in half]
+              for half in (guide, test)]
+    hints = [p_value(_rates(halves[0], t), risk) for t in THRESHOLDS]
+    rows = [_row(halves[1], t, p_value, risk) for t in THRESHOLDS]
+    chosen = NEVER
+    for row in rows[int(np.argmin(hints)):]:
+      if row.p > 1 - confidence:
+        break
+      chosen = row.threshold
+    return chosen, rows
+
+  first, first_rows = find(_opening, binomial_p)
+  later, later_rows = find(functools.partial(_chains, length=length),
+                           betting_p)
+  _, alone = find(_alone, betting_p)
+  return Found(
+      Calibration(measure, first, later, risk, confidence, coefficients),
+      first_rows, later_rows, alone, len(test))
+
+
+def _opening(sure, right) -> _Shown:
+  """The first token."""
+  return _Shown(sure[:1], right[:1] * 1.0, 1.0 - right[:1], 1)
+
+
+def _alone(sure, right) -> _Shown:
+  """Every later token behind text that stands."""
+  return _Shown(sure[1:], right[1:] * 1.0, 1.0 - right[1:], len(right) - 1)
+
+
+def _chains(sure, right, length: int) -> _Shown:
+  """Later tokens as passes draft them, `length` at a time.
+
+  A draft is shown if all before it in its pass are; so what counts is the
+  least confidence up to it. A pass goes on behind the first that is wrong.
+  """
+  values, stands, falls = [], [], []
+  at = 1
+  while at < len(right):
+    least = np.inf
+    for nth in range(length):
+      if at == len(right):
+        break
+      least = min(least, sure[at])
+      values.append(least)
+      stands.append(float(right[at]))
+      # With it falls whatever would have been shown behind it.
+      falls.append(0.0 if right[at] else float(length - nth))
+      at += 1
+      if not right[at - 1]:
+        break
+    else:
+      at += 1                       # the model's own token, behind all drafts
+  return _Shown(np.array(values), np.array(stands), np.array(falls),
+                len(right) - 1)
+
+
+def _rates(texts: Sequence[_Shown], threshold: float) -> Float[np.ndarray, "n"]:
+  """The share taken back, of each text of which something is shown."""
+  found = []
+  for text in texts:
+    here = text.confidence >= threshold
+    falls = float(np.sum(text.falls[here]))
+    shown = falls + float(np.sum(text.stands[here]))
+    if shown:
+      found.append(falls / shown)
+  return np.array(found)
+
+
+def _row(texts: Sequence[_Shown], threshold: float, p_value, risk: float
+         ) -> Row:
+  rates = _rates(texts, threshold)
+  count = sum(int(np.sum(text.confidence >= threshold)) for text in texts)
+  places = sum(text.places for text in texts)
+  low, high = interval(rates)
+  return Row(threshold, count / max(places, 1), len(rates),
+             float(np.mean(rates)) if len(rates) else 0.0, low, high,
+             p_value(rates, risk))
+
+
+def fit(seen: Sequence[Seen]) -> tuple[float, ...]:
+  """Coefficients of the measure `learned`, by Newton's method."""
+  x = np.concatenate([np.stack(features(text.signs, np.arange(
+      len(text.right))), axis=-1) for text in seen])
+  y = np.concatenate([text.right for text in seen])
+  weights = np.zeros(COEFFICIENTS)
+  keep = 1e-2 * np.eye(COEFFICIENTS)       # where all is right or wrong
+  for _ in range(50):
+    p = 1 / (1 + np.exp(-np.clip(x @ weights, -30, 30)))
+    slope = x.T @ (p - y) + keep @ weights
+    change = np.linalg.solve((x.T * (p * (1 - p))) @ x + keep, slope)
+    # Far from the end a step may be too long.
+    weights = weights - change * min(1.0, 5.0 / max(np.abs(change).max(), 1e-9))
+    if np.abs(change).max() < 1e-9:
+      break
+  return tuple(float(w) for w in weights)
+
+
+# Statistics.
+
+
+def binomial_p(rates: Float[np.ndarray, "n"], risk: float) -> float:
+  """How likely so few ones are, of samples that are 0 or 1, if more than
+  `risk` of all are 1."""
+  return binomial_tail(round(float(np.sum(rates))), len(rates), risk)
+
+
+def betting_p(rates: Float[np.ndarray, "n"], risk: float) -> float:
+  """The same of samples in [0, 1] and their mean.
+
+  A gambler who bets on less than `risk` in every sample, having seen those
+  before it, gets rich with no more than this probability if that is wrong
+  (arXiv:2010.09686; Ville's inequality).
+  """
+  wealth = best = 0.0                      # logarithms
+  mean, spread = risk / 2, risk / 4        # what is guessed at first
+  for n, rate in enumerate(rates, 1):
+    # No stake that a sample of 1 would ruin.
+    edge = max(risk - mean, 0.0)
+    stake = min(edge / (spread + edge * edge), 0.9 / (1 - risk))
+    wealth += math.log1p(stake * (risk - rate))
+    best = max(best, wealth)
+    mean += (rate - mean) / (n + 1)
+    spread += ((rate - mean) ** 2 - spread) / (n + 1)
+  return math.exp(-best)
+
+
+def interval(rates: Float[np.ndarray, "n"], level: float = 0.95
+             ) -> tuple[float, float]:
+  """Where the mean of samples in [0, 1] lies (Clopper-Pearson).
+
+  Of samples between, as if so many were 0 or 1 that their mean would vary as
+  much (Korn and Graubard, 1998); of none it is all of [0, 1].
+  """
+  count = float(len(rates))
+  if not count:
+    return 0.0, 1.0
+  mean = float(np.mean(rates))
+  if count > 1 and 0 < mean < 1:
+    varies = float(np.var(rates, ddof=1)) / count
+    if varies and not np.all((rates == 0) | (rates == 1)):
+      count = mean * (1 - mean) / varies
+  hits, alpha = mean * count, (1 - level) / 2
+  low = high = 0.0
+  if hits > 0:
+    low = _bisect(lambda p: beta_share(hits, count - hits + 1, p) >= alpha)
+  if hits < count:
+    high = _bisect(lambda p: beta_share(hits + 1, count - hits, p) >= 1 - alpha)
+  else:
+    high = 1.0
+  return low, high
+
+
+def binomial_tail(hits: int, count: int, share: float) -> float:
+  """P(X <= hits) of X that is binomial."""
+  if hits >= count:
+    return 1.0
+  return beta_share(count - hits, hits + 1, 1 - share)
+
+
+def beta_share(a: float, b: float, x: float) -> float:
+  """The regularized incomplete beta function, by its continued fraction.
+
+  (Numerical Recipes, section 6.4. jax.scipy has it in float32 alone.)
+  """
+  if x <= 0 or x >= 1:
+    return float(x >= 1)
+  if x > (a + 1) / (a + b + 2):
+    return 1 - beta_share(b, a, 1 - x)
+  front = math.exp(
+      math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+      + a * math.log(x) + b * math.log1p(-x)) / a
+  tiny = 1e-300
+  c, d = 1.0, 1 / _away(1 - (a + b) * x / (a + 1), tiny)
+  value = d
+  for m in range(1, 10_000):
+    for term in (m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+                 -(a + m) * (a + b + m) * x
+                 / ((a + 2 * m) * (a + 2 * m + 1))):
+      d = 1 / _away(1 + term * d, tiny)
+      c = _away(1 + term / c, tiny)
+      value *= c * d
+    if abs(c * d - 1) < 1e-15:
+      break
+  return front * value
+
+
+def _away(x: float, tiny: float) -> float:
+  return x if abs(x) > tiny else tiny
+
+
+def _bisect(reached: Callable[[float], bool]) -> float:
+  """Where in [0, 1] a monotone test begins to hold."""
+  low, high = 0.0, 1.0
+  for _ in range(60):
+    middle = (low + high) / 2
+    low, high = (low, middle) if reached(middle) else (middle, high)
+  return high
+
+
+def as_dict(found: Found) -> dict[str, Any]:
+  """What JSON can hold."""
+  return dataclasses.asdict(found)
+
+
+__all__ = ["THRESHOLDS", "Found", "Row", "Seen", "as_dict", "beta_share",
+           "betting_p", "binomial_p", "binomial_tail", "calibrate", "fit",
+           "interval", "see"]
