@@ -101,15 +101,17 @@ class LayerStream(Drafter):
 
   def init(self, model, rows, capacity):
     p, heard = self.pipeline, None
-    count, width = len(p.layers), p.model.config.width
+    count = len(p.layers)
+    x = jax.eval_shape(lambda model: model.embed(
+        jnp.zeros((rows, 1), jnp.int32)), p.model)
     if self.head.depth:
       heard = StageCache.empty(
           self.head.config, (1,) + (0,) * (count - 1), rows, capacity,
           jnp.dtype(self.cache_dtype))
     zeros = jnp.zeros(rows, jnp.int32)
-    stream = jnp.zeros((count, rows, 1, width), p.model.embedding[...].dtype)
     return Flow(
-        sharding.constrain(stream, "stages", None, None, None),
+        sharding.constrain(jnp.zeros((count, *x.shape), x.dtype), "stages",
+                           *[None] * x.ndim),
         sharding.constrain(jnp.full((count, rows), -1, jnp.int32), None, None),
         heard, zeros, zeros, zeros)
 

@@ -10,6 +10,7 @@ stored (`jaxspec/models/transformer.py`).
 
 import functools
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,12 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxspec import drafters, loop, sharding
+from jaxspec import drafters, layer_stream, loop, sharding
+from jaxspec.heads import ExitHead
+from jaxspec.layer_stream import LayerStream
 from jaxspec.models.layers import Rope
 from jaxspec.models.transformer import Config, Transformer, abstract_source
+from jaxspec.pipeline import Pipeline
 from jaxspec.verifiers.exact import exact
 from tests.jaxspec import batches
 
@@ -53,15 +57,43 @@ def compile_decode(config: Config, drafter: str, *, rows: int, capacity: int,
                      biases=64)
 
   with jax.set_mesh(mesh):
-    placed = jax.jit(make).lower().compile().output_shardings
-    state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(make), placed)
-    def scalar(dtype):
-      return jax.ShapeDtypeStruct(
-          (), dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-    compiled = loop.decode.lower(model, drafter, exact, state,
-                                 scalar(jnp.int32), scalar(bool)).compile()
+    state = placed(make)
+    compiled = loop.decode.lower(
+        model, drafter, exact, state, scalar(jnp.int32, mesh),
+        scalar(bool, mesh)).compile()
+  return compiled, sum(map(_bytes_on_a_device, jax.tree.leaves(state)))
+
+
+def placed(make):
+  """The shapes of what `make` gives, where a compiled program puts them."""
+  return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      jax.eval_shape(make), jax.jit(make).lower().compile().output_shardings)
+
+
+def scalar(dtype, mesh):
+  return jax.ShapeDtypeStruct(
+      (), dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def compile_stream(config: Config, layers: tuple[int, ...], *, rows: int,
+                   capacity: int, dtype, mesh):
+  """The same of the loop over pipeline stages, whose head has attention."""
+  pipeline = Pipeline.read(config, abstract_source(dtype), layers, mesh)
+  head = ExitHead(pipeline.model, abstract_source(dtype, mesh),
+                  layer=layers[0], mlp=config.width, attention=True)
+  stream = LayerStream(pipeline, head, scalar(bool, mesh), dtype.dtype.name)
+
+  def make():
+    cache = stream.init_cache(rows, capacity, dtype)
+    return loop.init(pipeline.model, stream, cache, capacity=capacity,
+                     stops=16, biases=64)
+
+  with jax.set_mesh(mesh):
+    state = placed(make)
+    compiled = layer_stream.decode.lower(
+        stream, exact, state, scalar(jnp.int32, mesh),
+        scalar(bool, mesh)).compile()
   return compiled, sum(map(_bytes_on_a_device, jax.tree.leaves(state)))
 
 
@@ -124,6 +156,24 @@ def v5e():
 def test_llama_3_8b_on_four_v5e(v5e, drafter):
   check(*compile_decode(LLAMA_3_8B(depth=32), drafter, rows=8, capacity=2048,
                         dtype=jnp.bfloat16, mesh=v5e))
+
+
+def test_layer_stream_on_four_v5e(v5e):
+  """And nothing goes from chip to chip but one token's stream and what is
+  said of it: no weight, no keys and no values."""
+  mesh = sharding.make_mesh({"stage": 4}, v5e.devices.flat)
+  rows, width = 2, 4096
+  compiled, size = compile_stream(
+      LLAMA_3_8B(depth=8), (1, 3, 2, 2), rows=rows, capacity=8192,
+      dtype=jnp.bfloat16, mesh=mesh)
+  check(compiled, size)
+  moved = {}
+  for kind, shape in re.findall(
+      r"= \(?\w+\[([\d,]*)\]\S* .*?\b(collective-permute|all-\w+)(?:-start)?\(",
+      compiled.as_text()):
+    moved.setdefault(shape, set()).add(kind)
+  print(moved)
+  assert 0
 
 
 def test_a_copied_cache_would_be_seen(v5e, monkeypatch):
