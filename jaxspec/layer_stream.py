@@ -16,33 +16,41 @@ request and position alone, and guesses decide only when it is said.
 
 It is a loop of its own and no drafter of `jaxspec.loop`: a step there begins
 when the last one has ended, and here several tokens of a row are under way,
-each in other layers. `loop.init`, `prefill`, `insert` and `release` serve both.
+each in other layers. `prefill`, `decode` and `stream` take the places of those
+in `loop`; its `init`, `insert` and `release` serve both.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxspec import sampling, sharding, stages
+from jaxspec import naming, sampling, sharding, stages
 from jaxspec.base import (
   Counters,
   DecodeState,
   Drafter,
+  Emission,
+  Prefix,
   Proposal,
   Sequences,
   Verifier,
 )
 from jaxspec.caches import Place
-from jaxspec.drafters.early_exit import EarlyExit
+from jaxspec.caches.contiguous import ContiguousCache
+from jaxspec.drafters.early_exit import EarlyExit, exit_head
+from jaxspec.errors import InputError
 from jaxspec.heads import ExitHead
 from jaxspec.loop import pin
 from jaxspec.models.transformer import Transformer
-from jaxspec.pipeline import AXIS, Pipeline, StageCache, on_stages
+from jaxspec.pipeline import AXIS, Pipeline, StageCache, divide, on_stages
 from jaxspec.tree import chain, root
 
 
@@ -76,14 +84,13 @@ class Flow:
 
 @struct.dataclass
 class LayerStream(Drafter):
-  """What guesses, at the end of the first stage, and for which pipeline.
+  """What guesses, at the end of the first stage.
 
   Attributes:
     guess: whether it does; else each token waits for the last one.
     cache_dtype: of the keys and values of the head's attention.
   """
 
-  pipeline: Pipeline
   head: ExitHead
   guess: Bool[Array, ""]
   cache_dtype: str = struct.field(pytree_node=False, default="float32")
@@ -94,16 +101,10 @@ class LayerStream(Drafter):
   def taps(self):
     return (self.head.layer,) if self.head.depth else ()
 
-  def init_cache(self, rows: int, capacity: int, dtype: Any) -> StageCache:
-    """An empty cache of the pipeline's model."""
-    p = self.pipeline
-    return StageCache.empty(p.model.config, p.layers, rows, capacity, dtype)
-
   def init(self, model, rows, capacity):
-    p, heard = self.pipeline, None
-    count = len(p.layers)
+    count, heard = len(model.layers), None
     x = jax.eval_shape(lambda model: model.embed(
-        jnp.zeros((rows, 1), jnp.int32)), p.model)
+        jnp.zeros((rows, 1), jnp.int32)), model)
     if self.head.depth:
       heard = StageCache.empty(
           self.head.config, (1,) + (0,) * (count - 1), rows, capacity,
@@ -130,20 +131,140 @@ class LayerStream(Drafter):
                 clear(state.ticks), clear(state.worked), clear(state.wasted))
 
 
+def build(model: Transformer, mesh: Mesh, *, heads: Any = "", layer: Any = 0,
+          layers: Any = "", guess: Any = True, cache_dtype: str = "float32"
+          ) -> tuple[Pipeline, LayerStream]:
+  """Puts a model that is in memory on the stages of a mesh.
+
+  Args:
+    heads: a folder with a trained head. The layers below it are the first
+      stage.
+    layer: in its place, how many layers lie below the plain early exit.
+    layers: of each stage, as in `10;7;7;6`; if not given, the others share
+      evenly what lies above the head.
+    guess: False is plain pipelining.
+
+  Raises:
+    InputError: something of this does not fit the model or the mesh.
+  """
+  naming.whole("layer_stream", "stages of the mesh", mesh.shape.get(AXIS, 1), 2,
+               model.depth)
+  if type(guess) is not bool:
+    raise InputError(f"layer_stream: guess must be True or False, got {guess}")
+  head = exit_head("layer_stream", model, heads, layer)
+  parts = divide(model.depth, mesh.shape[AXIS], head.layer)
+  if layers:
+    try:
+      parts = tuple(int(part) for part in str(layers).split(";"))
+    except ValueError as error:
+      raise InputError("layer_stream: layers must be numbers of layers, as in "
+                       f"[10;7;7;6], got {layers!r}") from error
+  if parts[0] != head.layer:
+    raise InputError(
+        f"layer_stream: the head is made for the stream below layer "
+        f"{head.layer}, and the first stage has {parts[0]} layers; use "
+        f"layers=[{head.layer};...], or another head")
+  return (Pipeline.of(model, parts, mesh),
+          LayerStream(head, jnp.asarray(guess), cache_dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("taps", "chunk", "dtype"))
+def prefill(model: Pipeline, taps: tuple[int, ...], tokens: Int[Array, "R T"],
+            length: Int[Array, "R"], *, chunk: int, dtype: Any) -> Prefix:
+  """Reads prompts, chunk by chunk from stage to stage.
+
+  While one stage reads a chunk, the one before it reads the next.
+
+  Args:
+    taps: none, or the layers of the first stage.
+    tokens, length, chunk, dtype: as for `loop.prefill`.
+  """
+  if any(tap != model.layers[0] for tap in taps):
+    raise ValueError("what is below a layer is known where a stage ends")
+  rows, padded = tokens.shape
+  chunk = min(chunk, padded)
+  nth = jnp.broadcast_to(jnp.arange(chunk)[None], (rows, chunk))
+  mask = jnp.tril(jnp.ones((chunk, chunk), bool))
+  count, stage_count = (jnp.max(length) + chunk - 1) // chunk, len(model.layers)
+  x = jax.eval_shape(lambda model: model.embed(tokens), model)
+  read = _Read(
+      jnp.zeros((rows, chunk, x.shape[-1]), x.dtype),
+      tuple(jnp.zeros(x.shape, x.dtype) for _ in taps),
+      jnp.zeros((rows, x.shape[-1]), x.dtype),
+      model.init_cache(ContiguousCache, rows, padded, dtype))
+
+  def run(read, model, tokens, length):
+    mine, stage = model.mine(), lax.axis_index(AXIS)
+
+    def body(tick, read):
+      at = tick - stage                          # the chunk that is here
+      start = jnp.clip(at, 0, padded // chunk - 1) * chunk
+      here = (at >= 0) & (at < count)
+      part = lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
+      x = jnp.where(stage == 0, mine.embed(part), read.x)
+      cache = read.cache.mine().replace(length=jnp.minimum(length, start))
+      x, fresh = lax.cond(
+          here,
+          lambda x: model.run(mine, x, cache, Place.of(start + nth, mask)),
+          lambda x: (x, mine.init_fresh(cache, chunk)), x)
+      cache = cache.commit(
+          fresh, nth, jnp.where(here, jnp.clip(length - start, 0, chunk), 0))
+      tapped = tuple(jnp.where(
+          here & (stage == 0),
+          lax.dynamic_update_slice_in_dim(old, x, start, axis=1), old)
+                     for old in read.tapped)
+      final = length - 1 - start
+      ends = here & (final >= 0) & (final < chunk) & (stage == stage_count - 1)
+      last = jnp.take_along_axis(
+          x, jnp.clip(final, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
+      x = lax.ppermute(x, AXIS, [(s, s + 1) for s in range(stage_count - 1)])
+      return _Read(x, tapped, jnp.where(ends[:, None], last, read.last),
+                   read.cache.of(cache))
+
+    read = lax.fori_loop(0, count + stage_count - 1, body, read)
+    # On all stages but one these are zero.
+    tapped, last = lax.psum((read.tapped, read.last), AXIS)
+    return read.replace(tapped=tapped, last=last)
+
+  read = on_stages(run, read, model, tokens, length)
+  return Prefix(tokens, length, read.cache.replace(length=length),
+                read.tapped, read.last)
+
+
+@struct.dataclass
+class _Read:
+  """Prompts on their way through the stages.
+
+  Attributes:
+    x: what enters this stage next.
+    tapped: behind the first stage, at all positions.
+    last: behind the last one, at the last position of each.
+  """
+
+  x: Float[Array, "R T D"]
+  tapped: tuple[Float[Array, "R _ D"], ...]
+  last: Float[Array, "R D"]
+  cache: StageCache
+
+  def split(self) -> list[bool]:
+    return [False] * (2 + len(self.tapped)) + self.cache.split()
+
+
 @functools.partial(jax.jit, static_argnames=("verifier",),
                    donate_argnames=("state",))
-def decode(stream: LayerStream, verifier: Verifier, state: DecodeState,
-           ticks: Int[Array, ""], wait: Bool[Array, ""]) -> DecodeState:
-  """Runs up to `ticks` ticks on the device; under way is what is under way.
+def decode(model: Pipeline, drafter: LayerStream, verifier: Verifier,
+           state: DecodeState, ticks: Int[Array, ""],
+           wait: Bool[Array, ""]) -> DecodeState:
+  """Runs up to `ticks` ticks on the device; what is under way stays so.
 
-  The mesh is that of the pipeline, set with `jax.set_mesh`.
+  The mesh is that of the model, set with `jax.set_mesh`.
 
   Args:
     verifier: what says a token from the law behind a root alone.
     wait: whether to go on when a row finishes.
   """
-  def run(state, stream):
-    pipeline, model = stream.pipeline, stream.pipeline.mine()
+  def run(state, model, drafter):
+    mine = model.mine()
     running = ~state.done
 
     def more(carry):
@@ -153,14 +274,14 @@ def decode(stream: LayerStream, verifier: Verifier, state: DecodeState,
 
     def body(carry):
       tick, state = carry
-      return tick + 1, _tick(pipeline, model, stream, verifier, state)
+      return tick + 1, _tick(model, mine, drafter, verifier, state)
 
     return lax.while_loop(more, body, (jnp.zeros((), jnp.int32), state))[1]
 
-  return pin(on_stages(run, state, stream))
+  return pin(on_stages(run, state, model, drafter))
 
 
-def _tick(pipeline: Pipeline, model: Transformer, stream: LayerStream,
+def _tick(pipeline: Pipeline, model: Transformer, drafter: LayerStream,
           verifier: Verifier, state: DecodeState) -> DecodeState:
   """One token of each row through each stage, seen from one of them."""
   seq, flow, request = state.seq, state.draft, state.request
@@ -179,7 +300,7 @@ def _tick(pipeline: Pipeline, model: Transformer, stream: LayerStream,
     cache = mine.replace(length=position)
     x, fresh = lax.cond(
         jnp.any(busy),
-        lambda x: pipeline.run(model, stage, x, cache, place),
+        lambda x: pipeline.run(model, x, cache, place),
         lambda x: (x, model.init_fresh(cache, 1)), x)
     cache = cache.commit(fresh, alone, busy.astype(jnp.int32))
 
@@ -196,9 +317,9 @@ def _tick(pipeline: Pipeline, model: Transformer, stream: LayerStream,
   def guess(x):
     y, new = x, own
     if heard is not None:
-      y, new = stream.head.extend(x, heard.replace(length=position), own,
+      y, new = drafter.head.extend(x, heard.replace(length=position), own,
                                   place, layers=range(1))
-    said = laws(_whole(stream.head, model, y)).draw(alone[:, 0])
+    said = laws(_whole(drafter.head, model, y)).draw(alone[:, 0])
     return jnp.stack([said, jnp.zeros_like(said)], axis=1), new
 
   def settle(x):
@@ -212,8 +333,8 @@ def _tick(pipeline: Pipeline, model: Transformer, stream: LayerStream,
                      axis=1), own
 
   with jax.named_scope("say"):
-    own = None if heard is None else stream.head.init_fresh(heard, 1)
-    guesses = stream.guess & (stage == 0)
+    own = None if heard is None else drafter.head.init_fresh(heard, 1)
+    guesses = drafter.guess & (stage == 0)
     what = jnp.where(guesses, 1, jnp.where(stage == last, 2, 0))
     said, own = lax.switch(jnp.where(jnp.any(busy), what, 0),
                            (nothing, guess, settle), x)
@@ -231,7 +352,43 @@ def _tick(pipeline: Pipeline, model: Transformer, stream: LayerStream,
                         draft=flow)
   sure = lax.bitcast_convert_type(said[last, :, 1], jnp.float32)
   return _settle(state, at, said[0, :, 0], said[last, :, 0], sure,
-                 stream.guess)
+                 drafter.guess)
+
+
+def stream(model: Pipeline, drafter: LayerStream, verifier: Verifier,
+           state: DecodeState) -> Iterator[tuple[Emission, DecodeState]]:
+  """The same, tick by tick, from the host.
+
+  Yields:
+    What is settled, in ticks in which something is; then, not settled, all
+    that was guessed behind it. Beside each, the state after that tick.
+  """
+  while not bool(jnp.all(state.done)):
+    before = np.asarray(state.seq.length)
+    state = decode(model, drafter, verifier, state, np.int32(1), np.bool_(True))
+    emissions = emitted(state, before, len(model.layers))
+    for emission in emissions:
+      if bool(jnp.any(emission.count > 0)):
+        yield emission, state
+
+
+@functools.partial(jax.jit, static_argnames="most")
+def emitted(state: DecodeState, before: Int[Array, "B"], most: int
+            ) -> tuple[Emission, Emission]:
+  """What is new since the texts were as long as `before`, and what is guessed.
+
+  Args:
+    most: tokens that may be guessed at once.
+  """
+  seq, at = state.seq, state.draft.at
+  def behind(start):
+    nth = start[:, None] + jnp.arange(most)[None]
+    return jnp.take_along_axis(seq.tokens, nth, axis=1, mode="clip")
+  guessed = jnp.where(state.done, 0, jnp.max(at, axis=0) + 1 - seq.length)
+  return (Emission(before, behind(before)[:, :1], seq.length - before,
+                   settled=True),
+          Emission(seq.length, behind(seq.length), jnp.maximum(guessed, 0),
+                   settled=False))
 
 
 @jax.named_scope("settle")
@@ -295,4 +452,5 @@ def _whole(head: ExitHead, model: Transformer, x: Float[Array, "B 1 D"]
       ..., head.tokens[...]].set(logits)
 
 
-__all__ = ["Flow", "LayerStream", "decode"]
+__all__ = ["Flow", "LayerStream", "build", "decode", "emitted", "prefill",
+           "stream"]

@@ -89,13 +89,15 @@ class Pipeline:
   """A model on the stages of a mesh.
 
   Attributes:
-    model: of as many layers as the deepest stage has. Each of their weights
-      has the stages in front, and the mesh axis `stage` splits it there.
+    stage: the deepest stage, as a model. Each weight of its layers has the
+      stages in front, and the mesh axis `stage` splits it there.
     layers: of each stage.
+    config: of the whole model.
   """
 
-  model: Transformer
+  stage: Transformer
   layers: tuple[int, ...] = struct.field(pytree_node=False)
+  config: Config = struct.field(pytree_node=False)
 
   @classmethod
   def of(cls, model: Transformer, layers: Sequence[int], mesh: Mesh
@@ -145,15 +147,57 @@ class Pipeline:
                for w in found]
       return jax.tree.unflatten(form, map(stack, *parts))
 
-    return cls(Transformer(like, placed), layers)
+    return cls(Transformer(like, placed), layers, config)
 
   @property
   def depth(self) -> int:
-    return sum(self.layers)
+    return self.config.depth
 
   @property
   def vocab(self) -> int:
-    return self.model.vocab
+    return self.config.vocab
+
+  def init_cache(self, kind: Any, rows: int, capacity: int, dtype: Any
+                 ) -> "StageCache":
+    """An empty cache, which is contiguous on each stage."""
+    if kind is not ContiguousCache:
+      raise InputError("keys and values on the stages of a pipeline are stored "
+                       "in contiguous caches; use cache=contiguous")
+    return StageCache.empty(self.config, self.layers, rows, capacity, dtype)
+
+  def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    return self.stage.embed(tokens)
+
+  def unembed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    return self.stage.unembed(x)
+
+  # From outside of the stages, as of any model; weights travel for it.
+
+  def whole(self) -> Transformer:
+    """The model without stages."""
+    order = _order(self.layers)
+    split = source_of(self.stage)
+
+    def source(path, shape, axes, wanted=None):
+      if not path.startswith("layers."):
+        return split(path, shape, axes, wanted)
+      _, layer, name = path.split(".")
+      stage, slot = order[int(layer)]
+      return jax.tree.map(lambda w: w[stage], split(
+          f"layers.{slot}.{name}", shape, axes, wanted))
+    return Transformer(self.config, source)
+
+  def init_fresh(self, cache: Any, nodes: int) -> Fresh:
+    c = self.config
+    return Fresh.empty(c.depth, len(cache.length), nodes, c.kv_heads,
+                       c.head_size, cache.dtype)
+
+  def extend(self, x: Float[Array, "B T D"], cache: Any, fresh: Fresh,
+             at: Place, *, layers: range
+             ) -> tuple[Float[Array, "B T D"], Fresh]:
+    return self.whole().extend(x, cache, fresh, at, layers=layers)
+
+  # From within a stage.
 
   def split(self) -> list[bool]:
     """Which of its leaves are split over the stages."""
@@ -161,18 +205,19 @@ class Pipeline:
             for path, _ in jax.tree_util.tree_leaves_with_path(self)]
 
   def mine(self) -> Transformer:
-    """The layers of one stage, from within."""
+    """The layers of the stage that asks."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: x[0] if _of_a_layer(path) else x, self).model
+        lambda path, x: x[0] if _of_a_layer(path) else x, self).stage
 
-  def run(self, model: Transformer, stage: Int[Array, ""],
-          x: Float[Array, "B T D"], cache: ContiguousCache, at: Place
+  def run(self, model: Transformer, x: Float[Array, "B T D"],
+          cache: ContiguousCache, at: Place
           ) -> tuple[Float[Array, "B T D"], Fresh]:
-    """Takes the stream through the layers of one stage.
+    """Takes the stream through the layers of the stage that asks.
 
     Args:
       model: what `mine` gave.
     """
+    stage = lax.axis_index(AXIS)
     fresh, start = model.init_fresh(cache, x.shape[1]), 0
     # As far as all stages go, then as far as some do, and so on.
     for end in sorted(set(self.layers)):
@@ -224,7 +269,7 @@ class StageCache:
     return self.k[0].shape[3]
 
   def mine(self) -> ContiguousCache:
-    """The cache of one stage, from within."""
+    """The cache of the stage that asks."""
     return ContiguousCache(tuple(x[0] for x in self.k),
                            tuple(x[0] for x in self.v), self.length)
 
@@ -237,13 +282,15 @@ class StageCache:
     """Which of its leaves are split over the stages."""
     return [True] * len(self.k + self.v) + [False]
 
-  def insert(self, rows: Int[Array, "R"], prefix: ContiguousCache,
+  def insert(self, rows: Int[Array, "R"],
+             prefix: "ContiguousCache | StageCache",
              reserve: Int[Array, "R"]) -> "StageCache":
-    """As every cache does; `prefix` has all layers."""
     def insert(cache, rows, prefix, reserve):
       return cache.of(cache.mine().insert(rows, prefix.mine(), reserve))
 
-    return on_stages(insert, self, rows, self.gather(prefix), reserve)
+    if isinstance(prefix, ContiguousCache):
+      prefix = self.gather(prefix)
+    return on_stages(insert, self, rows, prefix, reserve)
 
   def gather(self, cache: ContiguousCache) -> "StageCache":
     """The same keys and values, stage by stage."""
@@ -265,8 +312,7 @@ class StageCache:
     def layer(xs, stage, slot):
       return sharding.constrain(xs[slot][stage], *AXES)
 
-    order = [(stage, slot) for stage, count in enumerate(self.layers)
-             for slot in range(count)]
+    order = _order(self.layers)
     return ContiguousCache(tuple(layer(self.k, *at) for at in order),
                            tuple(layer(self.v, *at) for at in order),
                            self.length)
@@ -316,6 +362,12 @@ def _alike(config: Config, layers: tuple[int, ...], first: Sequence[int],
   return dataclasses.replace(
       config, depth=max(layers), windows=config.windows[deepest][:max(layers)],
       ropes=config.ropes[deepest][:max(layers)])
+
+
+def _order(layers: tuple[int, ...]) -> list[tuple[int, int]]:
+  """Of each layer, its stage and its place there."""
+  return [(stage, slot) for stage, count in enumerate(layers)
+          for slot in range(count)]
 
 
 def _of_a_layer(path: Any) -> bool:

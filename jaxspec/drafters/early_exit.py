@@ -32,6 +32,7 @@ from jaxspec.caches import Cache, Fresh, Place
 from jaxspec.caches.contiguous import ContiguousCache
 from jaxspec.errors import InputError, nearest
 from jaxspec.heads import ExitHead
+from jaxspec.models.transformer import Transformer
 from jaxspec.tree import Choices, Tree, closed, from_paths
 
 _CHUNK = 512
@@ -93,15 +94,7 @@ class EarlyExit(Drafter):
     if measure not in MEASURES:
       raise InputError(f"early_exit: measure {measure!r} is unknown; there are "
                        f"{', '.join(MEASURES)}.{nearest(measure, MEASURES)}")
-    depth = target.model.depth
-    if bool(heads) == bool(layer):
-      raise InputError("early_exit needs heads=FOLDER, a folder with a trained "
-                       "head, or layer=N for the plain early exit")
-    if layer:
-      naming.whole("early_exit", "layer", layer, 1, depth - 1)
-      head = ExitHead.init(target.model, layer=layer)
-    else:
-      head = heads_lib.load(str(heads), target.model, "exit").heads
+    head = exit_head("early_exit", target.model, heads, layer)
     choices = _bushy(str(widths)) if widths else tuple(
         (0,) * d for d in range(1, length + 1))
     return cls(head, choices, stop, measure, target.cache_dtype)
@@ -320,6 +313,23 @@ class _Walk:
   own: Fresh | None
   live: Int[Array, "B"]
   wants: Bool[Array, "B"]
+
+
+def exit_head(owner: str, model: Transformer, heads: Any, layer: Any
+              ) -> ExitHead:
+  """The head that options of `owner` ask for: trained, or the plain exit.
+
+  Args:
+    heads: a folder with a trained head.
+    layer: in its place, how many layers lie below the plain early exit.
+  """
+  if bool(heads) == bool(layer):
+    raise InputError(f"{owner} needs heads=FOLDER, a folder with a trained "
+                     "head, or layer=N for the plain early exit")
+  if heads:
+    return heads_lib.load(str(heads), model, "exit").heads
+  naming.whole(owner, "layer", layer, 1, model.depth - 1)
+  return ExitHead.init(model, layer=layer)
 
 
 def confidence(logits: Float[Array, "B V"], measure: str) -> Float[Array, "B"]:

@@ -19,6 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxspec import drafters, layer_stream, loop, sharding
+from jaxspec.caches.contiguous import ContiguousCache
 from jaxspec.heads import ExitHead
 from jaxspec.layer_stream import LayerStream
 from jaxspec.models.layers import Rope
@@ -80,19 +81,19 @@ def compile_stream(config: Config, layers: tuple[int, ...], *, rows: int,
                    capacity: int, dtype, mesh):
   """The same of the loop over pipeline stages, whose head has attention."""
   pipeline = Pipeline.read(config, abstract_source(dtype), layers, mesh)
-  head = ExitHead(pipeline.model, abstract_source(dtype, mesh),
+  head = ExitHead(pipeline.stage, abstract_source(dtype, mesh),
                   layer=layers[0], mlp=config.width, attention=True)
-  stream = LayerStream(pipeline, head, scalar(bool, mesh), dtype.dtype.name)
+  stream = LayerStream(head, scalar(bool, mesh), dtype.dtype.name)
 
   def make():
-    cache = stream.init_cache(rows, capacity, dtype)
-    return loop.init(pipeline.model, stream, cache, capacity=capacity,
-                     stops=16, biases=64)
+    cache = pipeline.init_cache(ContiguousCache, rows, capacity, dtype)
+    return loop.init(pipeline, stream, cache, capacity=capacity, stops=16,
+                     biases=64)
 
   with jax.set_mesh(mesh):
     state = placed(make)
     compiled = layer_stream.decode.lower(
-        stream, exact, state, scalar(jnp.int32, mesh),
+        pipeline, stream, exact, state, scalar(jnp.int32, mesh),
         scalar(bool, mesh)).compile()
   return compiled, sum(map(_bytes_on_a_device, jax.tree.leaves(state)))
 
