@@ -28,7 +28,9 @@ guess, row behind row: this is for few rows.
 
 import dataclasses
 import json
+import os
 import pathlib
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -158,8 +160,6 @@ def measure(model: Any, heads: dict[str, Any], prompts: Sequence[Sequence[int]],
             *, stages: Sequence[int], temperatures: Sequence[float],
             new_tokens: int, eos: Sequence[int] = ()) -> list[dict[str, Any]]:
   """Counts every head on every number of stages, with guesses and without."""
-  import jax.numpy as jnp
-
   from jaxspec import sharding
   from jaxspec.layer_stream import LayerStream
   from jaxspec.options import Options
@@ -176,7 +176,7 @@ def measure(model: Any, heads: dict[str, Any], prompts: Sequence[Sequence[int]],
       layers = divide(model.depth, number, head.layer)
       pipeline = Pipeline.of(model, layers, mesh)
       for guess in (False, True):
-        stream = LayerStream(head, jnp.asarray(guess))
+        stream = LayerStream.on(mesh, head, guess=guess)
         for t in options:
           state = decode(model, prompts, options[t], eos,
                          (pipeline, stream, mesh))
@@ -403,8 +403,7 @@ def plot(runs: Sequence[dict[str, Any]], models: Sequence[Sizes],
 def main(argv: list[str]) -> None:
   """Counts, models, and writes everything."""
   del argv
-  import types
-
+  os.environ["JAX_PLATFORMS"] = "cpu"      # devices that are not there are CPUs
   import jax
 
   from jaxspec import heads as heads_lib

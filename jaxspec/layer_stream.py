@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec import naming, sampling, sharding, stages
@@ -96,6 +96,14 @@ class LayerStream(Drafter):
   cache_dtype: str = struct.field(pytree_node=False, default="float32")
 
   tree = chain(1)
+
+  @classmethod
+  def on(cls, mesh: Mesh, head: ExitHead, *, guess: bool = True,
+         cache_dtype: str = "float32") -> "LayerStream":
+    """With the weights of the head on every stage."""
+    return cls(*jax.device_put((head, jnp.asarray(guess)),
+                               NamedSharding(mesh, PartitionSpec())),
+               cache_dtype)
 
   @property
   def taps(self):
@@ -165,7 +173,7 @@ def build(model: Transformer, mesh: Mesh, *, heads: Any = "", layer: Any = 0,
         f"{head.layer}, and the first stage has {parts[0]} layers; use "
         f"layers=[{head.layer};...], or another head")
   return (Pipeline.of(model, parts, mesh),
-          LayerStream(head, jnp.asarray(guess), cache_dtype))
+          LayerStream.on(mesh, head, guess=guess, cache_dtype=cache_dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("taps", "chunk", "dtype"))

@@ -108,11 +108,11 @@ class Stages:
     return self.go(self.begin(texts, asked))
 
 
-def make(whole, layers, head=None, guess=True):
+def make(whole, layers, head=None):
   mesh = sharding.make_mesh({"stage": len(layers)})
   head = head or ExitHead.init(whole, layer=layers[0])
   return Stages(whole, Pipeline.of(whole, layers, mesh),
-                LayerStream(head, jnp.asarray(guess)), mesh)
+                LayerStream.on(mesh, head), mesh)
 
 
 @functools.cache
@@ -308,19 +308,33 @@ def test_a_pipeline_is_the_model_it_was():
   assert cycles.leaves_equal(whole, model())
 
 
-def test_a_generator_on_stages(tiny_model):
-  """From a folder, a prompt through the stages, settled and guessed text."""
+def test_a_generator_on_stages(tiny):
+  """More prompts than rows, and one that is streamed."""
+  generator = Generator(tiny, mesh=sharding.make_mesh({"stage": 2}), rows=2,
+                        drafter="layer_stream:layer=2", capacity=32)
+  asked = [dataclasses.replace(o, max_new_tokens=10)
+           for o in (GREEDY, SAMPLED, SAMPLED)]
+  wanted = batches.answers(batches.run(
+      tiny, Autoregressive(), PROMPTS[:3], asked, capacity=32))
+  found = generator.generate(PROMPTS[:3], asked)
+  assert [c.token_ids for c in found] == wanted
+  assert sum(c.stats.accepted for c in found) > 0
+  *_, last = generator.stream(PROMPTS[1], asked[1])
+  assert last.completion.token_ids == wanted[1]
+
+
+@pytest.mark.slow
+def test_a_generator_of_a_folder(tiny_model):
+  """Settled and guessed text."""
   settings = dict(dtype="float32", capacity=64)
   asked = Options(max_new_tokens=12, temperature=0.8, seed=3)
   plain = Generator.load(str(tiny_model), **settings)
   stages = Generator.load(str(tiny_model), mesh={"stage": 2},
                           drafter="layer_stream:layer=2", **settings)
-  texts = ["Once upon a time", "def"]
-  (one, two), wanted = (g.generate(texts, asked) for g in (stages, plain))
-  assert [one.token_ids, two.token_ids] == [c.token_ids for c in wanted]
-  assert one.stats.drafted > 0
-  events = list(stages.stream(texts[0], asked))
-  assert "".join(e.text for e in events if e.settled) == one.text
+  (wanted,) = plain.generate(["Once upon a time"], asked)
+  events = list(stages.stream("Once upon a time", asked))
+  assert "".join(e.text for e in events if e.settled) == wanted.text
+  assert not all(e.settled for e in events)
 
 
 @pytest.mark.parametrize("settings, words", [
