@@ -24,7 +24,9 @@ import numpy as np
 from jaxspec import (
   caches,
   drafters,
+  layer_stream,
   loop,
+  naming,
   opening,
   pacing,
   sharding,
@@ -111,7 +113,16 @@ class Generator:
                           else type(drafter).__name__)
     # An adaptive drafter, for one, has more than every drafter has.
     self.drafter: Any = drafter
-    if isinstance(drafter, str):
+    # Prompts are read and rows decoded by this; layer_stream has its own.
+    self._loop: Any = loop
+    if str(drafter).partition(":")[0] == "layer_stream":
+      self._loop = layer_stream
+      self.model, self.drafter = self._stages(str(drafter))
+    elif (stages := self.mesh.shape.get("stage", 1)) > 1:
+      raise InputError(
+          f"the mesh axis stage={stages} is for drafter layer_stream, got "
+          f"{self._drafter_name}; use that, or mesh tensor={stages}")
+    elif isinstance(drafter, str):
       self.drafter = drafters.parse(drafter, drafters.Target(
           model, tokenizer, functools.partial(_load_beside, model, self.mesh),
           getattr(self.verifier, "honest", False), self.cache_dtype.name))
@@ -140,7 +151,7 @@ class Generator:
                        f"context), got {self.capacity}")
     kind, options = caches.parse(cache)
     new_cache = functools.partial(
-        model.init_cache, kind, rows, self.capacity, self.cache_dtype,
+        self.model.init_cache, kind, rows, self.capacity, self.cache_dtype,
         **options)
     # Refuses sizes that do not fit, before anything is compiled.
     jax.eval_shape(lambda: jax.tree.leaves(new_cache()))
@@ -279,7 +290,7 @@ class Generator:
         with jax.set_mesh(self.mesh):
           state = self._decode(state, 1, True)
         yield from answer.take(_View(state), 0)
-      steps = loop.stream(self.model, self.drafter, self.verifier, state)
+      steps = self._loop.stream(self.model, self.drafter, self.verifier, state)
       while not answer.completion:
         with jax.set_mesh(self.mesh):       # not while the caller has control
           emission, state = next(steps)
@@ -316,6 +327,16 @@ class Generator:
     answer.begun(time.perf_counter() - start)
     return state
 
+  def _stages(self, drafter: str) -> tuple[Any, Any]:
+    """The model on the stages of the mesh, and what guesses there."""
+    if self.verifier is not verifiers.parse("exact"):
+      raise InputError("layer_stream settles by the verifier exact, got "
+                       f"{_name(self.verifier)}; leave --verifier out")
+    settings = naming.options("layer_stream", drafter.partition(":")[2],
+                              ("heads", "layer", "layers", "guess"))
+    return layer_stream.build(self.model, self.mesh, **settings,
+                              cache_dtype=self.cache_dtype.name)
+
   @contextlib.contextmanager
   def _batch(self) -> Iterator[None]:
     """Holds the rows for one call at a time."""
@@ -339,8 +360,8 @@ class Generator:
   def _decode(self, state: DecodeState, steps: int, wait: bool) -> DecodeState:
     """Some steps on the device; the first of a run are also measured."""
     def decode(drafter, state, steps):
-      return loop.decode(self.model, drafter, self.verifier, state,
-                         np.int32(steps), np.bool_(wait))
+      return self._loop.decode(self.model, drafter, self.verifier, state,
+                               np.int32(steps), np.bool_(wait))
 
     if not self._meter:
       return decode(self.drafter, state, steps)
@@ -485,8 +506,9 @@ class Generator:
           tokens, lengths, request))
       state, _ = self._open(state, rows, seen)
     else:
-      prefix = loop.prefill(self.model, self.drafter.taps, tokens, lengths,
-                            chunk=CHUNK, dtype=self.cache_dtype)
+      prefix = self._loop.prefill(
+          self.model, self.drafter.taps, tokens, lengths, chunk=CHUNK,
+          dtype=self.cache_dtype)
       state = loop.insert(self.model, self.drafter, self.verifier, state, rows,
                           prefix, request)
     jax.block_until_ready(state)

@@ -24,8 +24,9 @@ RULES: dict[str, str] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "experts": "expert",
+    "stages": "stage",
 }
-MESH_AXES = ("data", "expert", "tensor")
+MESH_AXES = ("data", "expert", "tensor", "stage")
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> Mesh:
@@ -77,10 +78,20 @@ def place(array: Any, axes: tuple[str | None, ...], mesh: Mesh) -> jax.Array:
       array, NamedSharding(mesh, spec(axes, array.shape, mesh)))
 
 
+def current() -> Any:
+  """The mesh that arrays are split over here, or None.
+
+  Inside a `shard_map` each shard is whole for itself.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  whole = all(kind == AxisType.Manual for kind in mesh.axis_types)
+  return None if mesh.empty or mesh.size == 1 or whole else mesh
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Annotates an activation inside jit; nothing outside a mesh context."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  mesh = current()
+  if mesh is None:
     return x
   return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 

@@ -168,8 +168,8 @@ def _by_shard(write, buffer, args, axes):
   Left to itself, XLA gathers a buffer that is split over rows, to update a
   slice of it whose row it does not know.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  mesh = sharding.current()
+  if mesh is None:
     return write(buffer, *args)
   whole = sharding.spec(AXES, buffer.shape, mesh)
   specs = (sharding.spec(names, x.shape, mesh) for names, x in zip(axes, args))
@@ -179,8 +179,8 @@ def _by_shard(write, buffer, args, axes):
 
 def _row_axis(buffer):
   """The mesh axis rows are split over, if any."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return None if mesh.empty else sharding.spec(AXES, buffer.shape, mesh)[0]
+  mesh = sharding.current()
+  return None if mesh is None else sharding.spec(AXES, buffer.shape, mesh)[0]
 
 
 def wipe_rows(buffers: tuple[Float[Array, "B G _ K"], ...],

@@ -37,6 +37,7 @@ from jaxspec.caches.contiguous import ContiguousCache
 from jaxspec.confidence import MEASURES, confidence
 from jaxspec.errors import InputError, nearest
 from jaxspec.heads import NEVER, ExitHead
+from jaxspec.models.transformer import Transformer
 from jaxspec.tree import Choices, Tree, closed, from_paths
 
 _CHUNK = 512
@@ -91,7 +92,8 @@ class EarlyExit(Drafter):
     """For the target.
 
     Args:
-      heads: a folder with a trained head.
+      heads: a folder with a trained head, or the name of one that is shipped
+        for the model; nothing for the one that suits it best.
       layer: in its place, how many layers lie below the plain early exit.
       length: tokens of a chain.
       widths: in its place, how many children the nodes of each depth have, as
@@ -113,16 +115,8 @@ class EarlyExit(Drafter):
     if measure and measure not in MEASURES:
       raise InputError(f"early_exit: measure {measure!r} is unknown; there are "
                        f"{', '.join(MEASURES)}.{nearest(measure, MEASURES)}")
-    depth = target.model.depth
-    if bool(heads) == bool(layer):
-      raise InputError("early_exit needs heads=FOLDER, a folder with a trained "
-                       "head, or layer=N for the plain early exit")
-    if layer:
-      naming.whole("early_exit", "layer", layer, 1, depth - 1)
-      head, known = ExitHead.init(target.model, layer=layer), None
-    else:
-      stored = heads_lib.load(str(heads), target.model, "exit")
-      head, known = stored.heads, stored.calibration
+    stored = exit_head("early_exit", target.model, heads, layer)
+    head, known = stored.heads, stored.calibration
     measure = measure or (known.measure if known else "top")
     fits = known is not None and known.measure == measure
     if measure == "learned" and not fits:
@@ -395,6 +389,25 @@ class _Walk:
   own: Fresh | None
   live: Int[Array, "B"]
   wants: Bool[Array, "B"]
+
+
+def exit_head(owner: str, model: Transformer, heads: Any, layer: Any
+              ) -> heads_lib.Stored:
+  """The head that options of `owner` ask for: trained, or the plain exit.
+
+  Args:
+    heads: a folder with a trained head, or the name of one that is shipped for
+      the model; nothing for the one that suits it best.
+    layer: in its place, how many layers lie below the plain early exit.
+  """
+  if heads and layer:
+    raise InputError(f"{owner} takes heads=FOLDER, a trained head, or layer=N, "
+                     "the plain early exit, and not both")
+  if not layer:
+    return heads_lib.load(heads_lib.find(str(heads), model, "exit"), model,
+                          "exit")
+  naming.whole(owner, "layer", layer, 1, model.depth - 1)
+  return heads_lib.Stored(ExitHead.init(model, layer=layer))
 
 
 def _bushy(text: str) -> Choices:

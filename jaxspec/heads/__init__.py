@@ -17,7 +17,8 @@ from jaxspec.heads.folder import Stored, fingerprint, load, note, save
 from jaxspec.heads.kinds import kinds, parse
 from jaxspec.heads.medusa import MedusaHeads
 from jaxspec.heads.settings import NEVER, Calibration
+from jaxspec.heads.shipped import find
 
 __all__ = ["NEVER", "Calibration", "EagleHead", "ExitHead", "MedusaHeads",
-           "Stored", "default_taps", "fingerprint", "kinds", "load", "note",
+           "Stored", "default_taps", "find", "fingerprint", "kinds", "load", "note",
            "parse", "save"]

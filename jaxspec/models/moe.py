@@ -36,8 +36,8 @@ def mixture(x: Float[Array, "B T D"], router: Float[Array, "E D"],
     chosen, experts = _route(x, router, per_token, normalize)
     return _mix(x, chosen, experts - first, gate_up, down, activation)
 
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  mesh = sharding.current()
+  if mesh is None:
     return mix(x, router, gate_up, down)
 
   by_row = sharding.spec(("rows", None, None), x.shape, mesh)

@@ -10,6 +10,7 @@ stored (`jaxspec/models/transformer.py`).
 
 import functools
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,13 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxspec import drafters, loop, sharding
+from jaxspec import drafters, layer_stream, loop, sharding
+from jaxspec.caches.contiguous import ContiguousCache
+from jaxspec.heads import ExitHead
+from jaxspec.layer_stream import LayerStream
 from jaxspec.models.layers import Rope
 from jaxspec.models.transformer import Config, Transformer, abstract_source
+from jaxspec.pipeline import Pipeline
 from jaxspec.verifiers.exact import exact
 from tests.jaxspec import batches
 
@@ -53,15 +58,43 @@ def compile_decode(config: Config, drafter: str, *, rows: int, capacity: int,
                      biases=64)
 
   with jax.set_mesh(mesh):
-    placed = jax.jit(make).lower().compile().output_shardings
-    state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(make), placed)
-    def scalar(dtype):
-      return jax.ShapeDtypeStruct(
-          (), dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-    compiled = loop.decode.lower(model, drafter, exact, state,
-                                 scalar(jnp.int32), scalar(bool)).compile()
+    state = placed(make)
+    compiled = loop.decode.lower(
+        model, drafter, exact, state, scalar(jnp.int32, mesh),
+        scalar(bool, mesh)).compile()
+  return compiled, sum(map(_bytes_on_a_device, jax.tree.leaves(state)))
+
+
+def placed(make):
+  """The shapes of what `make` gives, where a compiled program puts them."""
+  return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      jax.eval_shape(make), jax.jit(make).lower().compile().output_shardings)
+
+
+def scalar(dtype, mesh):
+  return jax.ShapeDtypeStruct(
+      (), dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def compile_stream(config: Config, layers: tuple[int, ...], *, rows: int,
+                   capacity: int, dtype, mesh):
+  """The same of the loop over pipeline stages, whose head has attention."""
+  pipeline = Pipeline.read(config, abstract_source(dtype), layers, mesh)
+  head = ExitHead(pipeline.stage, abstract_source(dtype, mesh),
+                  layer=layers[0], mlp=config.width, attention=True)
+  stream = LayerStream(head, scalar(bool, mesh), dtype.dtype.name)
+
+  def make():
+    cache = pipeline.init_cache(ContiguousCache, rows, capacity, dtype)
+    return loop.init(pipeline, stream, cache, capacity=capacity, stops=16,
+                     biases=64)
+
+  with jax.set_mesh(mesh):
+    state = placed(make)
+    compiled = layer_stream.decode.lower(
+        pipeline, stream, exact, state, scalar(jnp.int32, mesh),
+        scalar(bool, mesh)).compile()
   return compiled, sum(map(_bytes_on_a_device, jax.tree.leaves(state)))
 
 
@@ -124,6 +157,21 @@ def v5e():
 def test_llama_3_8b_on_four_v5e(v5e, drafter):
   check(*compile_decode(LLAMA_3_8B(depth=32), drafter, rows=8, capacity=2048,
                         dtype=jnp.bfloat16, mesh=v5e))
+
+
+def test_layer_stream_on_four_v5e(v5e):
+  """And nothing goes from chip to chip but one token's stream and what is
+  said of it: no weight, no keys and no values."""
+  compiled, size = compile_stream(
+      LLAMA_3_8B(depth=8), (1, 3, 2, 2), rows=2, capacity=8192,
+      dtype=jnp.bfloat16,
+      mesh=sharding.make_mesh({"stage": 4}, v5e.devices.flat))
+  check(compiled, size)
+  moved = re.findall(
+      r"= \(?(\w+\[[\d,]*\])\S* .*?\b(collective-\w+|all-\w+|reduce-\w+)"
+      r"(?:-start)?\(.*channel_id", compiled.as_text())
+  assert sorted(moved) == [("bf16[2,1,4096]", "collective-permute"),
+                           ("s32[4,2,2]", "all-gather")]
 
 
 def test_a_copied_cache_would_be_seen(v5e, monkeypatch):

@@ -18,9 +18,10 @@ CACHE = ("rows", "kv_heads", None, None)
 
 @pytest.mark.parametrize("sizes, message", [
     ({"tensr": 2}, "mesh axis 'tensr' is unknown; axes are data, expert, "
-     "tensor. Did you mean 'tensor'?"),
+     "tensor, stage. Did you mean 'tensor'?"),
     ({"pipeline": 2},
-     "mesh axis 'pipeline' is unknown; axes are data, expert, tensor."),
+     "mesh axis 'pipeline' is unknown; axes are data, expert, tensor, "
+     "stage."),
     ({"data": 0}, "mesh axis data must be at least 1, got 0"),
     ({"tensor": -2}, "mesh axis tensor must be at least 1, got -2"),
     ({"data": 3, "tensor": 3}, "mesh {'data': 3, 'tensor': 3} needs 9 "
@@ -31,9 +32,9 @@ def test_meshes_that_are_refused(sizes, message):
 
 
 @pytest.mark.parametrize("sizes, shape", [
-    (None, (1, 1, 1)), ({}, (1, 1, 1)), ({"tensor": 4}, (1, 1, 4)),
-    ({"tensor": 2, "data": 4}, (4, 1, 2)),
-    ({"data": 2, "expert": 2, "tensor": 2}, (2, 2, 2))])
+    (None, (1, 1, 1, 1)), ({}, (1, 1, 1, 1)), ({"tensor": 4}, (1, 1, 4, 1)),
+    ({"tensor": 2, "data": 4}, (4, 1, 2, 1)), ({"stage": 4}, (1, 1, 1, 4)),
+    ({"data": 2, "expert": 2, "tensor": 2}, (2, 2, 2, 1))])
 def test_meshes(sizes, shape):
   mesh = make_mesh(sizes)
   assert mesh.axis_names == MESH_AXES
@@ -106,7 +107,7 @@ def test_place():
   np.testing.assert_array_equal(placed, array)
   assert len(placed.sharding.device_set) == 8
   for shard in placed.addressable_shards:
-    data, _, tensor = np.argwhere(mesh.devices == shard.device)[0]
+    data, _, tensor, _ = np.argwhere(mesh.devices == shard.device)[0]
     np.testing.assert_array_equal(
         shard.data,
         array[2 * data:2 * data + 2, 2 * tensor:2 * tensor + 2])
