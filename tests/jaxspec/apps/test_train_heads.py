@@ -162,7 +162,6 @@ def test_a_data_set_of_the_hub(tiny_model, data, tmp_path, monkeypatch):
     ((), "--heads is missing"),
     (("--heads=medusa",), "--data is missing"),
     (("--heads=medusa", "--data=nowhere.jsonl"), "nowhere.jsonl: No such"),
-    (("--heads=eagle", "--data=x"), "of this kind are not taught"),
     (("--heads=eggle", "--data=x"), "Did you mean 'eagle'"),
     (("--heads=exit", "--data=x"), r"exit needs layer=N in [1, 3]"),
     (("--heads=exit:layer=4", "--data=x"), r"integer in [1, 3], got 4"),
