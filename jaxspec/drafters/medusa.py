@@ -136,7 +136,8 @@ def published(name: str) -> Choices:
 
 def measure(model: Any, heads: MedusaHeads | HydraHeads,
             tokens: Int[Any, "R T"], length: Int[Any, "R"], *,
-            ranks: int = 10, chunk: int = 512, rows: int = 8) -> Float[np.ndarray, "heads ranks"]:
+            ranks: int = 10, chunk: int = 512, rows: int = 8
+            ) -> Float[np.ndarray, "heads ranks"]:
   """How often the choice of each rank of each head is right.
 
   Heads that see tokens before it are given those of the text: so it is how
