@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EAGLE's layer: which features it reads, and on what it is taught. What it says
-in use, its drafter's tests hold."""
+"""EAGLE's layer: which features it reads, and on what it is taught.
+
+What it says in use, its drafter's tests hold.
+"""
 
 import jax
 import jax.numpy as jnp
