@@ -13,7 +13,7 @@ that was killed goes on from its last checkpoint and ends in the same weights.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,15 +26,12 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxspec import loop
 from jaxspec.corpus import Text
 from jaxspec.errors import InputError
-from jaxspec.heads import ExitHead, MedusaHeads
-from jaxspec.heads.base import dtype_of
+from jaxspec.heads.base import Spots, dtype_of
 from jaxspec.models.transformer import Transformer
 
 PLACES = 33           # of answers that are told apart, the last for the rest
 # By name; and their weights, in float32, by name.
 Heads = Mapping[str, Any]
-# Those that learn here.
-TAUGHT = (ExitHead, MedusaHeads)
 Weights = dict[str, dict[str, Float[Array, "..."]]]
 
 
@@ -56,7 +53,7 @@ class Recipe:
     prompts: what tokens of prompts count.
     positions: of a batch that heads learn from at each step, drawn by what
       they count; 0 for all of them.
-    ahead: what each further Medusa head counts, relative to the one before.
+    ahead: what each place further ahead counts, relative to the one before.
     seed: of the order of texts.
   """
 
@@ -179,8 +176,8 @@ def frequent(texts: Sequence[Text], count: int, vocab: int
 def see(model: Transformer, heads: Heads, batch: Batch
         ) -> dict[int, Float[Array, "B T D"]]:
   """The model's stream below every layer where a head reads, and the top."""
-  taps = tuple(sorted({model.depth} | {
-      head.layer for head in heads.values() if isinstance(head, ExitHead)}))
+  taps = tuple(sorted({model.depth}.union(
+      *(head.taps for head in heads.values()))))
   prefix = loop.prefill(model, taps, batch.tokens, batch.length,
                         chunk=batch.tokens.shape[1],
                         dtype=jnp.dtype(dtype_of(model)))
@@ -213,27 +210,6 @@ def drawn(weight: Float[Array, "B T"], count: int, key: Array
   return jnp.where((score >= least) & (weight > 0), 1.0, 0.0)
 
 
-@struct.dataclass
-class Spots:
-  """Positions that are judged: row by row, or a few of all.
-
-  Attributes:
-    weight: what each counts.
-    nth: its token's place in the answer that follows; negative in a prompt.
-  """
-
-  row: Int[Array, "M"]
-  column: Int[Array, "M"]
-  weight: Float[Array, "M"]
-  nth: Int[Array, "M"]
-  width: int = struct.field(pytree_node=False)
-
-  def ahead(self, count: int) -> tuple[Int[Array, "M"], Bool[Array, "M"]]:
-    """The columns so many behind, and which of them are in the text."""
-    column = self.column + count
-    return jnp.minimum(column, self.width - 1), column < self.width
-
-
 def spots(batch: Batch, recipe: Recipe, key: Array | None = None) -> Spots:
   """All positions, or those that are drawn with `key`."""
   rows, width = batch.tokens.shape
@@ -246,21 +222,7 @@ def spots(batch: Batch, recipe: Recipe, key: Array | None = None) -> Spots:
     flat = jax.lax.top_k(weight.reshape(-1), count)[1]
   row, column = flat // width, flat % width
   return Spots(row, column, weight[row, column],
-               column + 1 - batch.prompt_length[row], width)
-
-
-def told(head: Any, model: Transformer,
-         seen: Mapping[int, Float[Array, "B T D"]], at: Spots
-         ) -> Iterator[tuple[int, Float[Array, "M W"]]]:
-  """How far a head looks ahead, and its logits at every spot."""
-  if isinstance(head, ExitHead):
-    x = head.attended(seen[head.layer])[at.row, at.column]
-    yield 0, head(model, x[None])[0]
-    return
-  y = head(seen[model.depth][at.row, at.column][None])
-  for number in range(head.count):
-    # It looks one further than the model.
-    yield number + 1, head.logits(model, y[:, :, number])[0]
+               column + 1 - batch.prompt_length[row], batch.tokens)
 
 
 def judge(head: Any, model: Transformer,
@@ -271,11 +233,11 @@ def judge(head: Any, model: Transformer,
   Both are compared on the tokens the head can say. Where the text goes on with
   another there is nothing to learn, and all it says is wrong.
   """
-  rows = getattr(head, "rows", None)
-  rows = None if rows is None else rows[...]
+  rows = (None if head.tokens is None
+          else model.unembedding[head.tokens[...]])
   sayable, weight = _next_sayable(head, batch.tokens), counted(batch, recipe)
   loss, scale, agreed, asked = jnp.zeros(()), 0.0, [], []
-  for number, (ahead, logits) in enumerate(told(head, model, seen, at)):
+  for number, (ahead, logits) in enumerate(head.foretell(model, seen, at)):
     column, inside = at.ahead(ahead)
     law = jax.lax.stop_gradient(model.unembed(
         seen[model.depth][at.row, column][None], rows)[0])

@@ -49,8 +49,9 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_multi_string(
     "heads",
     None,
-    "heads to teach, as exit:layer=10,attention=True,tokens=8192 or "
-    "medusa:heads=4; may be repeated: all learn from the same passes",
+    "heads to teach, as exit:layer=10,attention=True,tokens=8192, "
+    "medusa:heads=4, hydra:heads=4,rank=128 or eagle:tokens=8192; may be "
+    "repeated: all learn from the same passes",
     flag_values=values,
   )
   flags.DEFINE_multi_string(
@@ -103,7 +104,7 @@ def main(settings: types.SimpleNamespace) -> None:
   model = generator.model
   # Refused before hours of work, with any tokens.
   for text in settings.heads:
-    _refuse_unknown(text, heads.parse(text, model, range))
+    heads.parse(text, model, range)
   with jax.set_mesh(generator.mesh):
     texts = _texts(generator, _prompts(generator, settings, folder), settings,
                    folder)
@@ -180,15 +181,6 @@ def _open_folder(settings: types.SimpleNamespace) -> pathlib.Path:
 
 def _identity(settings: types.SimpleNamespace) -> dict[str, Any]:
   return {k: v for k, v in vars(settings).items() if k not in _NOT_IDENTITY}
-
-
-def _refuse_unknown(text: str, head: Any) -> None:
-  from jaxspec import distillation
-
-  if not isinstance(head, distillation.TAUGHT):
-    kinds = ", ".join(kind.kind for kind in distillation.TAUGHT)
-    raise InputError(f"--heads={text}: heads of this kind are not taught here; "
-                     f"those of kind {kinds} are")
 
 
 def _name(head: Any, taken: Mapping[str, Any]) -> str:
@@ -358,7 +350,7 @@ def _report(
   """How heads agree with the model on text they have not seen."""
   from jaxspec import distillation, training
   from jaxspec.drafters import medusa
-  from jaxspec.heads import MedusaHeads
+  from jaxspec.heads import HydraHeads, MedusaHeads
   from jaxspec.tree import best_choices
 
   with launch.progress("judging") as on_progress:
@@ -368,7 +360,7 @@ def _report(
   report = {}
   for name, head in taught.items():
     extra = {}
-    if isinstance(head, MedusaHeads):
+    if isinstance(head, MedusaHeads | HydraHeads):
       batch = distillation.batch_of(held, recipe.widths[-1])
       accuracy = medusa.measure(model, head, batch.tokens, batch.length)
       extra = {"accuracy": accuracy, "choices": best_choices(accuracy, 63)}

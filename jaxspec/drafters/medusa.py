@@ -7,20 +7,20 @@ behind the root, so that nodes of depth d are choices of head d - 1.
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxspec import heads as heads_lib
 from jaxspec import loop
-from jaxspec.base import Drafter, Proposal
+from jaxspec.base import Drafter, Proposal, Scores, Verdict
 from jaxspec.errors import InputError, nearest
-from jaxspec.heads import MedusaHeads
+from jaxspec.heads import HydraHeads, MedusaHeads
 from jaxspec.tree import Choices, Tree, best_choices, closed, in_order
 
 # Trees published with Medusa's heads (github.com/FasterDecoding/Medusa), best
@@ -51,13 +51,15 @@ class Medusa(Drafter):
     priors: how often the choice of each rank is right.
   """
 
+  kind: ClassVar[str] = "medusa"
+
   heads: MedusaHeads
   choices: Choices = struct.field(pytree_node=False)
   priors: tuple[float, ...] = struct.field(pytree_node=False, default=())
 
   @classmethod
   def build(cls, target: Any, heads: Any = "", tree: Any = "",
-            nodes: Any = 0) -> "Medusa":
+            nodes: Any = 0) -> Any:
     """For the target, from a folder.
 
     Args:
@@ -69,18 +71,18 @@ class Medusa(Drafter):
       nodes: how many at most, root included; 0 for all, or 64 of `best`.
     """
     if not isinstance(heads, str) or not heads:
-      raise InputError("medusa needs heads=FOLDER, a folder of trained heads")
+      raise InputError(f"{cls.kind} needs heads=FOLDER, a folder of trained "
+                       "heads")
     if type(nodes) is not int or nodes and not 2 <= nodes <= 1025:
-      raise InputError("medusa: nodes must be 0 or an integer in [2, 1025], "
-                       f"got {nodes!r}")
-    stored = heads_lib.load(heads, target.model, "medusa")
-    assert isinstance(stored.heads, MedusaHeads)
-    choices = _choose(str(tree), stored, stored.heads.count, nodes)
+      raise InputError(f"{cls.kind}: nodes must be 0 or an integer in "
+                       f"[2, 1025], got {nodes!r}")
+    stored = heads_lib.load(heads, target.model, cls.kind)
+    choices = _choose(cls.kind, str(tree), stored, stored.heads.count, nodes)
     ranks = max(max(choice) for choice in choices) + 1
     words = (target.model.vocab if stored.heads.tokens is None
              else len(stored.heads.tokens))
     if ranks > words:
-      raise InputError(f"medusa: the tree has {ranks} choices beside each "
+      raise InputError(f"{cls.kind}: the tree has {ranks} choices beside each "
                        f"other and the heads know {words} tokens; name "
                        "another tree")
     return cls(stored.heads, choices, _priors(stored.accuracy, ranks))
@@ -93,6 +95,11 @@ class Medusa(Drafter):
   def _ranks(self) -> int:
     return max(max(choice) for choice in self.choices) + 1
 
+  @property
+  def _rank(self) -> Int[np.ndarray, "N"]:
+    """Of each node among its siblings."""
+    return np.array([0, *(choice[-1] for choice in self.choices)], np.int32)
+
   def init(self, model, rows, capacity) -> Int[Any, "B heads ranks"]:
     return jnp.zeros((rows, self.heads.count, self._ranks), jnp.int32)
 
@@ -102,17 +109,24 @@ class Medusa(Drafter):
 
   def propose(self, model, seq, request, state):
     head = self.tree.depths[1:] - 1
-    rank = np.array([choice[-1] for choice in self.choices], np.int32)
-    tokens = jnp.concatenate([seq.tail(), state[:, head, rank]], axis=1)
-    kinds = jnp.broadcast_to(np.append(0, rank)[None], tokens.shape)
-    return Proposal(tokens, self.tree, kinds=kinds.astype(jnp.int32)), state
+    drafted = state[:, head, self._rank[1:]]
+    return self._filled(jnp.concatenate([seq.tail(), drafted], axis=1)), state
 
   def observe(self, model, seq, state, proposal, scores, verdict):
-    deepest = jnp.maximum(verdict.kept - 1, 0)[:, None]
-    node = jnp.take_along_axis(verdict.path, deepest, axis=1)
-    x = jnp.take_along_axis(scores.features[-1], node[..., None], axis=1)
-    said = self.heads.choose(model, x[:, 0], self._ranks)
+    said = self.heads.choose(model, last(scores, verdict), self._ranks)
     return jnp.where((verdict.kept > 0)[:, None, None], said, state)
+
+  def _filled(self, tokens: Int[Array, "B N"]) -> Proposal:
+    kinds = jnp.broadcast_to(jnp.asarray(self._rank)[None], tokens.shape)
+    return Proposal(tokens, self.tree, kinds=kinds)
+
+
+def last(scores: Scores, verdict: Verdict) -> Float[Array, "B D"]:
+  """The top of the stream at the last accepted node."""
+  deepest = jnp.maximum(verdict.kept - 1, 0)[:, None]
+  node = jnp.take_along_axis(verdict.path, deepest, axis=1)
+  return jnp.take_along_axis(scores.features[-1], node[..., None],
+                             axis=1)[:, 0]
 
 
 def published(name: str) -> Choices:
@@ -120,10 +134,14 @@ def published(name: str) -> Choices:
   return tuple(tuple(map(int, word)) for word in TREES[name].split())
 
 
-def measure(model: Any, heads: MedusaHeads, tokens: Int[Any, "R T"],
-            length: Int[Any, "R"], *, ranks: int = 10, chunk: int = 512,
-            rows: int = 8) -> Float[np.ndarray, "heads ranks"]:
+def measure(model: Any, heads: MedusaHeads | HydraHeads,
+            tokens: Int[Any, "R T"], length: Int[Any, "R"], *,
+            ranks: int = 10, chunk: int = 512, rows: int = 8
+            ) -> Float[np.ndarray, "heads ranks"]:
   """How often the choice of each rank of each head is right.
+
+  Heads that see tokens before it are given those of the text: so it is how
+  often a node is right whose parent is.
 
   Args:
     tokens: texts of the kind that will be decoded, padded.
@@ -157,52 +175,50 @@ def measure(model: Any, heads: MedusaHeads, tokens: Int[Any, "R T"],
 @jax.jit(static_argnames="ranks")
 def _ranks(model, heads, x, tokens, length, *, ranks):
   """Of each head: positions right at each rank, and positions in all."""
-  at = jnp.arange(tokens.shape[1])
-  found = []
-  for head in range(heads.count):
-    ahead = at + 2 + head
-    wanted = jnp.take(tokens, ahead, axis=1, mode="clip")
-    known = ahead[None] < length[:, None]
-    column, sayable = wanted, known
-    if heads.tokens is not None:
-      column = jnp.searchsorted(heads.tokens, wanted)
-      column = jnp.minimum(column, len(heads.tokens) - 1)
-      sayable = known & (heads.tokens[column] == wanted)
+  width = tokens.shape[1]
+  ahead = np.arange(width)[:, None] + 1 + np.arange(heads.count + 1)[None]
+  behind = tokens[:, np.minimum(ahead, width - 1)]         # [R T heads+1]
+  following, wanted = behind[..., :-1], behind[..., 1:]
+  known = jnp.asarray(ahead[None, :, 1:]) < length[:, None, None]
+  column, sayable = wanted, known
+  if heads.tokens is not None:
+    column = jnp.searchsorted(heads.tokens, wanted)
+    column = jnp.minimum(column, len(heads.tokens) - 1)
+    sayable = known & (heads.tokens[column] == wanted)
 
-    def row(row, head=head):
-      x, column = row
-      # Some positions at a time: their logits would be large.
-      def some(part):
-        x, column = part
-        logits = heads.logits(model, heads(x[None])[:, :, head])[0]
-        true = jnp.take_along_axis(logits, column[:, None], axis=1)
-        earlier = jnp.arange(logits.shape[1])[None] < column[:, None]
-        return jnp.sum((logits > true) | ((logits == true) & earlier), axis=1)
-      step = math.gcd(len(x), 128)
-      parts = (x.reshape(-1, step, x.shape[1]), column.reshape(-1, step))
-      return lax.map(some, parts).reshape(-1)
+  # Some positions at a time: their logits would be large.
+  def some(part):
+    x, following, column = part
+    found = []
+    for logits, at in zip(heads.say(model, x, following), column.T):
+      true = jnp.take_along_axis(logits, at[:, None], axis=1)
+      earlier = jnp.arange(logits.shape[1])[None] < at[:, None]
+      found.append(jnp.sum((logits > true) | ((logits == true) & earlier),
+                           axis=1))
+    return jnp.stack(found, axis=1)
 
-    rank = lax.map(row, (x, column))
-    hits = sayable[..., None] & (rank[..., None] == jnp.arange(ranks)[None,
-                                                                      None])
-    found.append((jnp.sum(hits, axis=(0, 1)), jnp.sum(known)))
-  return tuple(map(jnp.stack, zip(*found)))
+  step = math.gcd(width, 128)
+  rank = lax.map(some, tuple(a.reshape(-1, step, a.shape[2])
+                             for a in (x, following, column)))
+  hits = sayable[..., None] & (rank.reshape(column.shape)[..., None]
+                               == jnp.arange(ranks)[None, None, None])
+  return jnp.sum(hits, axis=(0, 1)), jnp.sum(known, axis=(0, 1))
 
 
-def _choose(name: str, stored: heads_lib.Stored, heads: int, nodes: int
-            ) -> Choices:
+def _choose(owner: str, name: str, stored: heads_lib.Stored, heads: int,
+            nodes: int) -> Choices:
   """The choices that the options of `Medusa.build` name."""
   if name not in ("", "best", *TREES):
-    raise InputError(f"medusa: tree {name!r} is unknown; there are best, "
+    raise InputError(f"{owner}: tree {name!r} is unknown; there are best, "
                      f"{', '.join(TREES)}.{nearest(name, ['best', *TREES])}")
   if name == "best" and stored.accuracy is None:
-    raise InputError("medusa: tree=best needs heads whose accuracy was "
+    raise InputError(f"{owner}: tree=best needs heads whose accuracy was "
                      "measured; name another tree")
   if name in TREES:
     choices = published(name)
     deepest = max(map(len, choices))
     if deepest > heads:
-      raise InputError(f"medusa: tree {name} is {deepest} deep and there are "
+      raise InputError(f"{owner}: tree {name} is {deepest} deep and there are "
                        f"{heads} heads; name another tree")
   elif not name and stored.choices:
     choices = closed(stored.choices)

@@ -2,7 +2,7 @@
 """EAGLE: one layer that continues the model's features (arXiv:2503.01840)."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +10,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxspec.heads.base import ascending, beside, dtype_of
+from jaxspec.caches import Place
+from jaxspec.caches.contiguous import ContiguousCache
+from jaxspec.heads.base import Ids, Spots, ascending, beside, dtype_of
 from jaxspec.heads.settings import Settings
 from jaxspec.models import layers
 from jaxspec.models.transformer import (
@@ -19,6 +21,9 @@ from jaxspec.models.transformer import (
   Transformer,
   random_source,
 )
+
+# How far it runs on its own outputs when it is taught.
+_UNROLLED = 3
 
 
 class EagleHead(Transformer):
@@ -42,7 +47,7 @@ class EagleHead(Transformer):
 
   def __init__(self, model: Transformer, source: Source, *,
                taps: tuple[int, ...], mlp: int,
-               tokens: Int[np.ndarray, "W"] | None = None):
+               tokens: Ids | None = None):
     c = model.config
     # Where some layers see a window alone, this one is like those that do not.
     like = next((i for i, window in enumerate(c.windows) if window is None), 0)
@@ -119,6 +124,44 @@ class EagleHead(Transformer):
     """Which tokens these are of those there are logits for."""
     return (index if self.tokens is None else self.tokens[...][index]
             ).astype(jnp.int32)
+
+  def foretell(self, model: Transformer,
+               seen: Mapping[int, Float[Array, "B T D"]], at: Spots
+               ) -> Iterator[tuple[int, Float[Array, "M W"]]]:
+    """First from the model's features, then from its own outputs.
+
+    As in use: what starts at a position sees the model's features up to
+    there, and behind them what it made itself. Tokens are the text's own.
+    """
+    rows, count = at.tokens.shape
+    total = _UNROLLED * count
+    cache = self.init_cache(ContiguousCache, rows, 0, dtype_of(model))
+    fresh = self.init_fresh(cache, total)
+    start = np.arange(count)
+    # Run after run, each with a node for every start.
+    positions = jnp.asarray((start[None] + np.arange(_UNROLLED)[:, None]
+                             ).reshape(1, total))
+    positions = jnp.broadcast_to(positions, (rows, total))
+    x = self.fuse([seen[tap] for tap in self.taps])
+    for run in range(_UNROLLED):
+      mask = np.zeros((count, _UNROLLED, count), bool)
+      mask[:, 0] = np.tri(count, dtype=bool)
+      mask[:, 1:run + 1] = np.eye(count, dtype=bool)[:, None]
+      after = at.tokens[:, np.minimum(start + 1 + run, count - 1)]
+      x, fresh = self.extend(
+          self.join(model, x, after), cache, fresh,
+          Place.of(positions, jnp.asarray(mask.reshape(count, total)),
+                   run * count), layers=range(1))
+      yield run + 1, self.logits(model, at.of(x)[None])[0]
+
+  def like(self, model: Transformer, weights: Mapping[str, Array]
+           ) -> "EagleHead":
+    """The same head with other weights, by the names in `tensors`."""
+    def source(path, shape, axes, wanted=None):
+      return weights[path].astype(wanted or dtype_of(model))
+    return EagleHead(
+        model, source, taps=self.taps, mlp=self.config.mlp,
+        tokens=None if self.tokens is None else self.tokens[...])
 
   def settings(self) -> dict[str, Any]:
     return dict(taps=list(self.taps), mlp=self.config.mlp)

@@ -15,7 +15,7 @@ does, the model's final norm and unembedding on x.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxspec.caches import Place
 from jaxspec.caches.contiguous import ContiguousCache
-from jaxspec.heads.base import Ids, ascending, beside, dtype_of
+from jaxspec.heads.base import Ids, Spots, ascending, beside, dtype_of
 from jaxspec.heads.settings import Settings
 from jaxspec.models import layers
 from jaxspec.models.transformer import (
@@ -120,6 +120,10 @@ class ExitHead(Transformer):
   def bounds(model: Transformer) -> dict[str, tuple[int, int]]:
     return dict(layer=(1, model.depth - 1), mlp=(1, 2**20))
 
+  @property
+  def taps(self) -> tuple[int, ...]:
+    return (self.layer,)
+
   def _block(self, layer, x, cache, fresh, at, angles):
     c, block = self.config, self.layers[layer]
     q, k, v = project(block, x, angles[c.ropes[layer]], config=c)
@@ -155,6 +159,12 @@ class ExitHead(Transformer):
                   jnp.tril(jnp.ones((count, count), bool)))
     return self.extend(x, cache, self.init_fresh(cache, count), at,
                        layers=range(self.depth))[0]
+
+  def foretell(self, model: Transformer,
+               seen: Mapping[int, Float[Array, "B T D"]], at: Spots
+               ) -> Iterator[tuple[int, Float[Array, "M W"]]]:
+    """Looks no further ahead than the model."""
+    yield 0, self(model, at.of(self.attended(seen[self.layer]))[None])[0]
 
   def like(self, model: Transformer, weights: Mapping[str, Array]
            ) -> "ExitHead":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Medusa: heads that look several tokens ahead (arXiv:2401.10774)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -11,7 +11,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxspec.heads.base import Ids, ascending, beside, dtype_of
+from jaxspec.heads.base import Ids, Spots, ascending, beside, dtype_of
 from jaxspec.heads.settings import Settings
 from jaxspec.models import layers
 from jaxspec.models.transformer import Source, Transformer, random_source
@@ -34,6 +34,7 @@ class MedusaHeads:
   """
 
   kind: ClassVar[str] = "medusa"
+  taps: ClassVar[tuple[int, ...]] = ()
 
   up: Float[Array, "heads blocks D rank"]
   down: Float[Array, "heads blocks rank D"] | None = None
@@ -98,6 +99,20 @@ class MedusaHeads:
              ) -> Float[Array, "B T _"]:
     """Of the tokens there are: all, or `tokens`."""
     return model.unembed(y, self.rows)
+
+  def say(self, model: Transformer, x: Float[Array, "M D"],
+          following: Int[Array, "M heads"]) -> Iterator[Float[Array, "M W"]]:
+    """The logits of each head, whatever the tokens that follow."""
+    y = self(x[None])
+    for number in range(self.count):
+      yield self.logits(model, y[:, :, number])[0]
+
+  def foretell(self, model: Transformer,
+               seen: Mapping[int, Float[Array, "B T D"]], at: Spots
+               ) -> Iterator[tuple[int, Float[Array, "M W"]]]:
+    """The first head looks one further than the model."""
+    return enumerate(self.say(model, at.of(seen[model.depth]),
+                              at.following(self.count)), start=1)
 
   def like(self, model: Transformer, weights: Mapping[str, Array]
            ) -> "MedusaHeads":

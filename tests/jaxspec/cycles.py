@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxspec.heads import EagleHead, ExitHead, MedusaHeads
+from jaxspec.heads import EagleHead, ExitHead, HydraHeads, MedusaHeads
 from jaxspec.models.transformer import Transformer, random_source
 from tests.conftest import tiny_config
 
@@ -62,6 +62,25 @@ def medusa_heads(count: int = 3, *, shift: int = 0) -> MedusaHeads:
   """Right, or looking `shift` places too far."""
   up = np.stack([ahead(1 + head + shift)[None] for head in range(count)])
   return MedusaHeads(jnp.asarray(10 * up))
+
+
+def hydra_heads(count: int = 3, *, by: str = "token", shift: int = 0
+                ) -> HydraHeads:
+  """Right, or looking `shift` places too far.
+
+  Args:
+    by: what they know by: the last "token" they see, or the stream's "state".
+  """
+  one, none = np.eye(SIZE, dtype=np.float32), np.zeros((SIZE, SIZE))
+  state = [ahead(1 + head) if by == "state" else none for head in range(count)]
+  # Of each token the first head that sees it sees no other behind it.
+  drafted = [one if by == "token" and head == place else none
+             for place in range(count) for head in range(place, count)]
+  norm = jnp.ones(SIZE)
+  return HydraHeads(
+      norm, norm, jnp.asarray(np.stack(state), jnp.float32),
+      jnp.asarray(np.stack(drafted), jnp.float32),
+      jnp.asarray(np.stack([10 * ahead(shift)] * count)))
 
 
 def eagle_head(*, token: np.ndarray | int = 0, feature: np.ndarray | int = 0,

@@ -20,7 +20,7 @@ import pytest
 from jaxspec import training
 from jaxspec.corpus import Text
 from jaxspec.distillation import Recipe
-from jaxspec.heads import ExitHead, MedusaHeads
+from jaxspec.heads import EagleHead, ExitHead, HydraHeads, MedusaHeads
 from jaxspec.models.transformer import Transformer, random_source
 from tests.conftest import tiny_config
 from tests.jaxspec import cycles
@@ -29,10 +29,16 @@ STEPS = 24
 RECIPE = Recipe(steps=STEPS, tokens=32, widths=(16,), rate=3e-3, positions=20)
 
 
+def untrained(model):
+  return {"exit": ExitHead.init(model, layer=1, mlp=8, attention=True),
+          "medusa": MedusaHeads.init(model, heads=2),
+          "hydra": HydraHeads.init(model, heads=2, rank=4),
+          "eagle": EagleHead.init(model, mlp=8, tokens=range(1, 64))}
+
+
 def run(folder, on_step=None):
   model = Transformer(tiny_config(depth=2), random_source(0))
-  heads = {"exit": ExitHead.init(model, layer=1, mlp=8, attention=True),
-           "medusa": MedusaHeads.init(model, heads=2)}
+  heads = untrained(model)
   rng = np.random.default_rng(0)
   texts = [Text(rng.integers(0, 64, 14).tolist(), 3) for _ in range(9)]
   return training.fit(model, heads, texts, RECIPE, folder, every=4,
@@ -75,9 +81,8 @@ def test_a_run_that_fails_goes_on(undisturbed, tmp_path):
 def test_weights_moved(undisturbed, tmp_path):
   """Else the same weights would prove nothing."""
   model = Transformer(tiny_config(depth=2), random_source(0))
-  assert not same(undisturbed[0], {
-      "exit": ExitHead.init(model, layer=1, mlp=8, attention=True),
-      "medusa": MedusaHeads.init(model, heads=2)})
+  for name, head in untrained(model).items():
+    assert not same({name: head}, undisturbed[0]), name
 
 
 _CHILD = """

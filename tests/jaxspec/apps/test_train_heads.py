@@ -20,7 +20,8 @@ from jaxspec.generator import Generator
 from tests.jaxspec import cycles
 
 HEADS = ("--heads=exit:layer=2,mlp=16,attention=True,tokens=60",
-         "--heads=medusa:heads=2")
+         "--heads=medusa:heads=2", "--heads=hydra:heads=2,rank=8,tokens=60",
+         "--heads=eagle:mlp=16,tokens=60")
 
 
 def run(model, output, *argv):
@@ -50,18 +51,21 @@ def whole(tiny_model, data, tmp_path_factory):
 
 
 def loaded(folder, model):
-  return [heads.load(folder / name, model, kind).heads for name, kind in
-          (("exit_2", "exit"), ("medusa", "medusa"))]
+  return [heads.load(folder / name, model, name.split("_")[0]).heads
+          for name in ("exit_2", "medusa", "hydra", "eagle")]
 
 
 def test_what_it_writes_drafts(whole, tiny_model):
   plain = Generator.load(str(tiny_model), dtype="float32", capacity=64)
-  head, medusa = loaded(whole, plain.model)
+  head, medusa, hydra, _ = loaded(whole, plain.model)
   assert head.layer == 2 and len(head.tokens[...]) == 60 and medusa.count == 2
+  assert hydra.count == 2 and len(hydra.tokens) == 60
   options = plain.default_options(max_new_tokens=16)
   wanted = plain.generate(["what is 3?"], options)[0].token_ids
   for drafter in (f"early_exit:heads=[{whole / 'exit_2'}],length=2",
-                  f"medusa:heads=[{whole / 'medusa'}],nodes=8"):
+                  f"medusa:heads=[{whole / 'medusa'}],nodes=8",
+                  f"hydra:heads=[{whole / 'hydra'}]",
+                  f"eagle:heads=[{whole / 'eagle'}],tree=chain,depth=3"):
     generator = Generator.load(str(tiny_model), dtype="float32", capacity=64,
                                drafter=drafter)
     (found,) = generator.generate(["what is 3?"], options)
@@ -71,15 +75,17 @@ def test_what_it_writes_drafts(whole, tiny_model):
 
 def test_it_tells_what_came_of_it(whole):
   report = json.loads((whole / "report.json").read_text())
-  assert sorted(report) == ["exit_2", "medusa"]
-  assert len(report["medusa"]["agreement"]) == 2
+  assert sorted(report) == ["eagle", "exit_2", "hydra", "medusa"]
+  assert [len(report[name]["agreement"]) for name in sorted(report)] == [
+      3, 1, 2, 2]
   for found in report.values():
     assert found["tokens"] > 0 and found["learnt_texts"] == 17
     assert all(0 <= x <= 1 for x in found["agreement"] + found["untrained"])
   assert len(training.read_curve(whole)) == 6
   assert (whole / "curve.png").read_bytes()[:4] == b"\x89PNG"
-  config = json.loads((whole / "medusa" / "config.json").read_text())
-  assert np.array(config["accuracy"]).shape == (2, 10)
+  for name in ("medusa", "hydra"):
+    config = json.loads((whole / name / "config.json").read_text())
+    assert np.array(config["accuracy"]).shape == (2, 10)
   answers = [json.loads(line) for line in
              (whole / "answers.jsonl").read_text().splitlines()]
   assert [len(a["token_ids"]) for a in answers] == [8] * 7
@@ -162,7 +168,6 @@ def test_a_data_set_of_the_hub(tiny_model, data, tmp_path, monkeypatch):
     ((), "--heads is missing"),
     (("--heads=medusa",), "--data is missing"),
     (("--heads=medusa", "--data=nowhere.jsonl"), "nowhere.jsonl: No such"),
-    (("--heads=eagle", "--data=x"), "of this kind are not taught"),
     (("--heads=eggle", "--data=x"), "Did you mean 'eagle'"),
     (("--heads=exit", "--data=x"), r"exit needs layer=N in [1, 3]"),
     (("--heads=exit:layer=4", "--data=x"), r"integer in [1, 3], got 4"),

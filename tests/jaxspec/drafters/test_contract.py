@@ -20,7 +20,7 @@ import pytest
 from jaxspec import drafters, heads, loop
 from jaxspec.drafters import ngram
 from jaxspec.drafters.autoregressive import Autoregressive
-from jaxspec.heads import EagleHead, ExitHead, MedusaHeads
+from jaxspec.heads import EagleHead, ExitHead, HydraHeads, MedusaHeads
 from jaxspec.profiling import count_compiles
 from jaxspec.tree import branching, chain, from_paths
 from jaxspec.verifiers.rejection import Rejection
@@ -36,6 +36,7 @@ SETTINGS = {
     "draft_model": "model=[self:layers=0],length=3",
     "early_exit": "heads=[{file}],widths=[2;1;1]",
     "eagle": "heads=[{file}],nodes=8,depth=2,width=4",
+    "hydra": "heads=[{file}],nodes=16",
     "lookahead": "window=3,levels=2,guesses=3,buckets=16",
     "medusa": "heads=[{file}],nodes=16",
     "ngram": "table={file},length=3",
@@ -80,6 +81,8 @@ FILES = {
     "ngram": learn,
     "medusa": lambda path, small, _: heads.save(
         path, MedusaHeads.init(small), small),
+    "hydra": lambda path, small, _: heads.save(
+        path, HydraHeads.init(small, rank=8), small),
     "eagle": lambda path, small, _: heads.save(
         path, EagleHead.init(small), small),
     "early_exit": lambda path, small, _: heads.save(

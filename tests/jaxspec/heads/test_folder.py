@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from jaxspec import heads, sharding
 from jaxspec.errors import InputError
-from jaxspec.heads import EagleHead, ExitHead, MedusaHeads
+from jaxspec.heads import EagleHead, ExitHead, HydraHeads, MedusaHeads
 from jaxspec.models.transformer import Transformer, random_source
 from tests.conftest import tiny_config
 from tests.jaxspec import cycles
@@ -30,6 +30,9 @@ KINDS = {
     "eagle": EagleHead.init,
     "eagle trimmed": lambda model: EagleHead.init(
         model, taps=[0, 0, 1, 2], mlp=8, tokens=range(7, 50)),
+    "hydra": lambda model: HydraHeads.init(model, heads=3),
+    "hydra trimmed": lambda model: HydraHeads.init(
+        model, heads=2, rank=4, tokens=range(7, 50)),
     "exit": lambda model: ExitHead.init(model, layer=1),
     "exit trimmed": lambda model: ExitHead.init(
         model, layer=1, mlp=8, attention=True, tokens=range(7, 50)),
