@@ -111,8 +111,8 @@ def test_it_lies_beside_the_model():
   model = Transformer(tiny_config(), random_source(
       0, put=lambda x, axes: sharding.place(x, axes, mesh)))
   adapter = trained(model)
-  specs = {path.partition(".")[2].partition(".")[2]: tuple(w.sharding.spec)
-           for path, w in adapter.weights.items() if path.startswith("layers.2")}
+  specs = {path.removeprefix("layers.2."): tuple(w.sharding.spec)
+           for path, w in adapter.weights.items()}
   assert specs["qkv.up"][0] == "tensor" and specs["out.down"][1] == "tensor"
   assert specs["up.up"][0] == "tensor" and specs["down.down"][1] == "tensor"
   made = adapters.merged(model, adapter)
