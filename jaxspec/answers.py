@@ -59,7 +59,8 @@ class Answer:
 
   def __init__(self, index: int, prompt: str, prompt_ids: list[int],
                options: Options, tokenizer: Any, eos_ids: Sequence[int], *,
-               draft_length: int, verifier: str, drafter: str):
+               draft_length: int, verifier: str, drafter: str,
+               adapter: str = ""):
     self.index, self.prompt, self.prompt_ids = index, prompt, prompt_ids
     self.options, self._tokenizer = options, tokenizer
     self.completion: Completion | None = None
@@ -67,7 +68,7 @@ class Answer:
                    *options.stop_token_ids}
     self._stats = Stats(prompt_tokens=len(prompt_ids), seed=options.seed,
                         verifier=verifier, draft_length=draft_length,
-                        drafter=drafter, task=options.task)
+                        drafter=drafter, task=options.task, adapter=adapter)
     self._stream = tokenizer.stream() if tokenizer else None
     self._taken = 0            # tokens already seen
     self._text = ""            # their text, as far as it is whole characters

@@ -23,11 +23,11 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxspec import loop
 from jaxspec.corpus import Text
 from jaxspec.errors import InputError
-from jaxspec.heads.base import Spots, dtype_of
+from jaxspec.heads.base import Spots
 from jaxspec.models.transformer import Transformer
+from jaxspec.reading import read
 
 PLACES = 33           # of answers that are told apart, the last for the rest
 # By name; and their weights, in float32, by name.
@@ -178,10 +178,7 @@ def see(model: Transformer, heads: Heads, batch: Batch
   """The model's stream below every layer where a head reads, and the top."""
   taps = tuple(sorted({model.depth}.union(
       *(head.taps for head in heads.values()))))
-  prefix = loop.prefill(model, taps, batch.tokens, batch.length,
-                        chunk=batch.tokens.shape[1],
-                        dtype=jnp.dtype(dtype_of(model)))
-  return dict(zip(taps, prefix.features))
+  return read(model, batch.tokens, taps)
 
 
 def counted(batch: Batch, recipe: Recipe) -> Float[Array, "B T"]:
@@ -327,6 +324,13 @@ def taught(model: Transformer, heads: Heads, lesson: Lesson) -> dict[str, Any]:
   """The heads as they are now, in the dtype of their model."""
   return {name: head.like(model, lesson.weights[name])
           for name, head in heads.items()}
+
+
+def learn(weights: Any, moments: Any, slope: Any, recipe: Recipe
+          ) -> tuple[Any, Any]:
+  """Weights and moments one step down a slope."""
+  change, moments = _rule(recipe).update(slope, moments, weights)
+  return optax.apply_updates(weights, change), moments
 
 
 def _rule(recipe: Recipe) -> optax.GradientTransformation:

@@ -60,6 +60,8 @@ class Generator:
     rows: prompts decoded side by side.
     capacity: most tokens of a prompt and its answer together.
     drift: acceptance of all that was generated so far, by task.
+    adapter: the folder of what was merged into the model, "" for none.
+    defaults: the checkpoint's generation config.
   """
 
   def __init__(self, model: Transformer, tokenizer: Any = None, *,
@@ -71,7 +73,8 @@ class Generator:
                first_tokens: FirstTokens | None = None,
                mesh: jax.sharding.Mesh | None = None,
                eos_ids: Sequence[int] = (),
-               defaults: Mapping[str, Any] | None = None):
+               defaults: Mapping[str, Any] | None = None,
+               adapter: str = ""):
     """Wraps a model that is already in memory; `load` reads one.
 
     Args:
@@ -91,6 +94,7 @@ class Generator:
       mesh: where the model lies.
       eos_ids: the model's own end tokens.
       defaults: the checkpoint's generation config.
+      adapter: the name of what was merged into the model, for statistics.
 
     Raises:
       InputError: a name that does not exist, or a size that does not fit.
@@ -100,7 +104,8 @@ class Generator:
     self.model, self.tokenizer, self.rows = model, tokenizer, rows
     self.mesh = sharding.make_mesh() if mesh is None else mesh
     self.eos_ids = tuple(eos_ids)
-    self._defaults = dict(defaults or {})
+    self.adapter = adapter
+    self.defaults = dict(defaults or {})
     if rows < 1:
       raise InputError(f"rows must be at least 1, got {rows}")
     if cache_dtype is None:
@@ -172,6 +177,7 @@ class Generator:
   @classmethod
   def load(cls, model: str, *, dtype: str | None = None,
            mesh: Mapping[str, int] | None = None,
+           adapter: str | None = None,
            on_progress: Callable[[str, int, int], None] | None = None,
            **options: Any) -> "Generator":
     """Reads a checkpoint straight onto a mesh.
@@ -181,6 +187,8 @@ class Generator:
         `smollm2-135m`.
       dtype: of the weights, "bfloat16" (default) or "float32".
       mesh: devices along each axis, e.g. `{"data": 1, "tensor": 4}`.
+      adapter: a folder that `jaxspec.adapters.save` wrote for this model. It
+        is merged, and the text is then the changed model's.
       on_progress: called with each weight's name, its number and their count.
       **options: see `__init__`.
 
@@ -199,8 +207,13 @@ class Generator:
                      **({"experts": config.experts} if config.experts else {}))
       transformer = Transformer(
           config, _loader(opened, jnp.dtype(dtype), devices, on_progress))
+      if adapter:
+        from jaxspec import adapters  # pulls in heads
+        transformer = adapters.merged(
+            transformer, adapters.load(adapter, transformer), consume=True)
       return cls(transformer, opened.tokenizer, mesh=devices,
-                 eos_ids=opened.eos_ids, defaults=opened.generation, **options)
+                 eos_ids=opened.eos_ids, defaults=opened.generation,
+                 adapter=adapter or "", **options)
 
   @property
   def config(self):
@@ -213,9 +226,9 @@ class Generator:
     temperature it mentions.
     """
     names = ("top_k", "top_p", "min_p", "repetition_penalty", "temperature")
-    found = {name: self._defaults[name] for name in names
-             if isinstance(self._defaults.get(name), int | float)}
-    if not self._defaults.get("do_sample"):
+    found = {name: self.defaults[name] for name in names
+             if isinstance(self.defaults.get(name), int | float)}
+    if not self.defaults.get("do_sample"):
       found = {k: v for k, v in found.items() if k == "repetition_penalty"}
     return Options(**{**found, **overrides})
 
@@ -427,7 +440,8 @@ class Generator:
       answers.append(Answer(index, text, ids, option, self.tokenizer,
                             self.eos_ids, draft_length=self.drafter.height,
                             verifier=_name(self.verifier),
-                            drafter=self._drafter_name))
+                            drafter=self._drafter_name,
+                            adapter=self.adapter))
     return answers
 
   def _read(self, prompt: Prompt, chat: bool, index: int

@@ -49,6 +49,8 @@ class Stats:
     draft_length: longest path of a proposal; 0 is plain decoding.
     drafter: what drafted, as it was named; "mixed" where requests differ.
     task: the caller's word for what was asked, "" for none, or "mixed".
+    adapter: what was merged into the model, whose text is then the changed
+      model's; "" for nothing, or "mixed".
     wall_seconds: from the request to its completion; of several requests,
       whatever the caller measured, else the sum.
     dropped: tokens decoded and thrown away by the host, which alone can see
@@ -78,6 +80,7 @@ class Stats:
   draft_length: int = 0
   drafter: str = "autoregressive"
   task: str = ""
+  adapter: str = ""
   wall_seconds: float = 0.0
   dropped: int = 0
   requests: int = 1
@@ -164,6 +167,7 @@ class Stats:
       verifier=same("verifier"),
       drafter=same("drafter"),
       task=same("task"),
+      adapter=same("adapter"),
       draft_length=max(self.draft_length, other.draft_length),
       requests=requests,
     )
@@ -250,7 +254,8 @@ class Stats:
     if memory:
       parts.append(memory)
     seed = "mixed" if self.seed is None else self.seed
-    parts.append(f"seed={seed} verify={self.verifier}")
+    adapter = f" adapter={self.adapter}" if self.adapter else ""
+    parts.append(f"seed={seed} verify={self.verifier}{adapter}")
     return " | ".join(parts)
 
   def as_dict(self) -> dict[str, Any]:

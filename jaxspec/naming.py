@@ -75,6 +75,25 @@ def number(owner: str, name: str, value: Any, low: float, high: float
   return float(value)
 
 
+def layers(owner: str, name: str, text: str, depth: int) -> list[int]:
+  """Reads an option that names layers, as `0-3+26+29`.
+
+  Raises:
+    InputError: it names none, or one that is not there.
+  """
+  try:
+    found = []
+    for part in text.split("+"):
+      first, _, last = part.partition("-")
+      found += range(int(first), min(int(last or first), depth) + 1)
+  except ValueError:
+    found = []
+  if not found or not all(0 <= layer < depth for layer in found):
+    raise InputError(f"{owner}: {name}={text} must name some of "
+                     f"0-{depth - 1}, for example 0-1+{depth - 1}")
+  return found
+
+
 def split(text: str, separator: str) -> list[str]:
   """Splits where no bracket is open.
 

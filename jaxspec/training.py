@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Long runs of `jaxspec.distillation`: killed at any moment, nothing is lost.
+"""Long runs of what is taught: killed at any moment, nothing is lost.
 
 A checkpoint holds the weights, the optimizer's moments and the number of the
 step, from which everything else follows. Orbax puts it in place whole, so that
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxspec import distillation
+from jaxspec import distillation, tuning
 from jaxspec.corpus import Text
 from jaxspec.distillation import Heads, Lesson, Marks, Order, Recipe
 from jaxspec.models.transformer import Transformer
@@ -26,21 +26,24 @@ CURVE = "curve.jsonl"
 
 def fit(model: Transformer, heads: Heads, texts: Sequence[Text],
         recipe: Recipe, folder: str | pathlib.Path, *, every: int = 100,
-        on_step: Callable[[int, Mapping[str, Marks]], None] | None = None
-        ) -> dict[str, Any]:
+        on_step: Callable[[int, Mapping[str, Marks]], None] | None = None,
+        course: Any = distillation) -> dict[str, Any]:
   """Teaches heads, from the last checkpoint in `folder` if there is one.
 
   Args:
+    heads: or what else `course` teaches.
     folder: for checkpoints and the curve; of one model, text and recipe.
     every: steps between checkpoints.
     on_step: called behind each step with its number, from 1, and the marks.
+    course: has `begin`, `advance` and `taught`, as `jaxspec.distillation`
+      and `jaxspec.tuning` have.
 
   Returns:
-    The heads as they are in the end.
+    The heads as they are in the end; what `course.taught` gives.
   """
   from orbax.checkpoint import v1  # Loaded when something is trained.
 
-  order, lesson = Order(texts, recipe), distillation.begin(heads, recipe)
+  order, lesson = Order(texts, recipe), course.begin(heads, recipe)
   folder = pathlib.Path(folder).absolute()
   folder.mkdir(parents=True, exist_ok=True)
   with v1.training.Checkpointer(
@@ -53,7 +56,7 @@ def fit(model: Transformer, heads: Heads, texts: Sequence[Text],
     done = int(lesson.step)
     with _Curve(folder / CURVE, done) as curve:
       for step in range(done, recipe.steps):
-        lesson, marks = distillation.advance(
+        lesson, marks = course.advance(
             model, heads, lesson, order.batch(step), recipe)
         marks = jax.device_get(marks)
         # The curve first: of what a checkpoint has seen nothing is missing.
@@ -62,7 +65,7 @@ def fit(model: Transformer, heads: Heads, texts: Sequence[Text],
           on_step(step + 1, marks)
         if (step + 1) % every == 0 or step + 1 == recipe.steps:
           kept.save(step + 1, vars(lesson))
-  return distillation.taught(model, heads, lesson)
+  return course.taught(model, heads, lesson)
 
 
 def examine(model: Transformer, heads: Heads, texts: Sequence[Text],
@@ -82,6 +85,29 @@ def examine(model: Transformer, heads: Heads, texts: Sequence[Text],
                       np.sum([m.agreed for m in some], axis=0),
                       np.sum([m.asked for m in some], axis=0))
           for name, some in found.items()}
+
+
+def compare(base: Transformer, tuned: Transformer, texts: Sequence[Text],
+            recipe: Recipe,
+            on_batch: Callable[[int, int], None] | None = None
+            ) -> dict[str, float]:
+  """How near a model is to another on texts, and how well each foretells them.
+
+  Returns:
+    `base_perplexity` and `perplexity`; how many of the `tokens` have the same
+    likeliest one (`agreement`); and the mean `divergence`, in nats.
+  """
+  batches, found = list(_shelved(texts, recipe)), []
+  for number, batch in enumerate(batches, 1):
+    found.append(jax.device_get(tuning.compare(base, tuned, batch)))
+    if on_batch:
+      on_batch(number, len(batches))
+  sums = {name: sum(float(one[name]) for one in found) for name in found[0]}
+  count = max(sums["count"], 1.0)
+  return {"base_perplexity": float(np.exp(sums["base"] / count)),
+          "perplexity": float(np.exp(sums["tuned"] / count)),
+          "agreement": sums["agreed"] / count,
+          "divergence": sums["divergence"] / count, "tokens": sums["count"]}
 
 
 def _shelved(texts: Sequence[Text], recipe: Recipe
@@ -105,7 +131,10 @@ def share(marks: Marks) -> Float[np.ndarray, "ahead"]:
 
 
 def read_curve(folder: str | pathlib.Path) -> list[dict[str, Any]]:
-  """What each step gave: `step`, and by head its `loss` and `agreement`."""
+  """What each step gave: `step`, and by head its `loss` and `agreement`.
+
+  A head that was not taught at a step is not mentioned there.
+  """
   path = pathlib.Path(folder) / CURVE
   return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -128,7 +157,7 @@ class _Curve:
     line = {"step": step, "heads": {
         name: {"loss": round(float(m.loss), 5),
                "agreement": [round(float(x), 4) for x in share(m)]}
-        for name, m in marks.items()}}
+        for name, m in marks.items() if not np.isnan(m.loss)}}
     self._file.write(json.dumps(line) + "\n")
     self._file.flush()
 

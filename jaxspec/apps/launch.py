@@ -118,6 +118,17 @@ def define_model_flags(values: flags.FlagValues) -> None:
   )
 
 
+def define_adapter_flag(values: flags.FlagValues) -> None:
+  """Defines the flag that names what is merged into the model."""
+  flags.DEFINE_string(
+    "adapter",
+    None,
+    "a folder that train_heads --recipe=layerskip made of this model; it is "
+    "merged, and the text is then the tuned model's",
+    flag_values=values,
+  )
+
+
 def define_place_flags(values: flags.FlagValues) -> None:
   """Defines the flags that say where programs lie and run."""
   flags.DEFINE(
@@ -138,6 +149,7 @@ def define_place_flags(values: flags.FlagValues) -> None:
 def define_generator_flags(values: flags.FlagValues) -> None:
   """Defines the flags of `Generator.load`."""
   define_model_flags(values)
+  define_adapter_flag(values)
   flags.DEFINE_string(
     "drafter",
     "autoregressive",
@@ -455,6 +467,7 @@ def load_generator(settings: types.SimpleNamespace) -> Generator:
       mesh=settings.mesh,
       cache=settings.cache,
       prefill=settings.prefill,
+      adapter=settings.adapter,
       on_progress=on_progress,
       **more,
     )

@@ -9,6 +9,12 @@ end with an answer, are taken as they are.
 All of a run lies in --output: prompts, answers, checkpoints, the curve of
 learning, a report on held-out text, and a folder for each of the --heads. A
 run that was killed goes on with --resume, and ends in the same weights.
+
+Other recipes teach a model. --recipe=layerskip also tunes the layers below the
+heads (LayerSkip, arXiv:2404.16710) by an adapter, which --adapter merges, or
+with --adapter_rank=0 as a whole; what it says in the end is held to what it
+said before. --recipe=draft_model makes its first --draft_layers a model for
+--drafter=draft_model:model=[FOLDER/draft], and needs no --heads.
 """
 
 import dataclasses
@@ -22,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from jaxspec import naming
 from jaxspec.apps import journal, launch
 from jaxspec.errors import InputError
 
@@ -40,6 +47,24 @@ _EVERY = 50
 _LEAST = 8
 # What may change between a run and its continuation.
 _NOT_IDENTITY = ("resume", "compilation_cache_dir", "answer_rows", "output")
+# What older runs do not mention.
+_ONCE = {"recipe": "heads"}
+# The flags of each recipe beside those of all, and what they are if not given;
+# None is told by others.
+_RECIPES: dict[str, dict[str, Any]] = {
+  "heads": {},
+  "layerskip": {
+    "adapter_rank": 16,
+    "adapter_alpha": None,
+    "adapter_targets": None,
+    "adapter_layers": None,
+    "model_rate": None,
+    "layer_dropout": 0.1,
+    "exit_scale": 0.2,
+    "curriculum": "rotational:every=2",
+  },
+  "draft_model": {"draft_layers": None, "model_rate": None},
+}
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -50,8 +75,8 @@ def define_flags(values: flags.FlagValues) -> None:
     "heads",
     None,
     "heads to teach, as exit:layer=10,attention=True,tokens=8192, "
-    "medusa:heads=4, hydra:heads=4,rank=128 or eagle:tokens=8192; may be "
-    "repeated: all learn from the same passes",
+    "medusa:heads=4, hydra:heads=4,rank=128 or eagle:tokens=8192, or a folder "
+    "of heads that learn on; may be repeated: all learn from the same passes",
     flag_values=values,
   )
   flags.DEFINE_multi_string(
@@ -78,18 +103,51 @@ def define_flags(values: flags.FlagValues) -> None:
          "drawn by what they count; 0 for all")
   number("seed", 0, "of the prompts, the answers and the order of texts")
   flags.DEFINE_float("rate", 1e-3, "highest learning rate", flag_values=values)
+  _define_recipe_flags(values)
+
+
+def _define_recipe_flags(values: flags.FlagValues) -> None:
+  """Defines the flags that choose what is taught besides heads."""
+  launch.define_adapter_flag(values)
+  flags.DEFINE_enum(
+    "recipe",
+    "heads",
+    list(_RECIPES),
+    "teach heads alone; the layers below them too; or a draft model",
+    flag_values=values,
+  )
+  number = lambda *args: flags.DEFINE_integer(*args, flag_values=values)
+  real = lambda *args: flags.DEFINE_float(*args, flag_values=values)
+  text = lambda *args: flags.DEFINE_string(*args, flag_values=values)
+  number("adapter_rank", None, "layerskip: of each change, by default 16; 0 "
+         "changes all weights of all layers")
+  real("adapter_alpha", None, "layerskip: changes are multiplied by this over "
+       "the rank; by default twice the rank")
+  text("adapter_targets", None, "layerskip: matrices to change, as qkv,out; by "
+       "default qkv,out,gate,up,down")
+  text("adapter_layers", None, "layerskip: layers to change, as 0-9+12; by "
+       "default all")
+  real("model_rate", None, "layerskip, draft_model: highest learning rate of "
+       "the model; by default 3e-4, and 3e-5 for a whole model of its own")
+  real("layer_dropout", None, "layerskip: how often a text passes by the last "
+       "layer, lower ones less often; by default 0.1")
+  real("exit_scale", None, "layerskip: what exits count beside the top; by "
+       "default 0.2")
+  text("curriculum", None, "layerskip: which exits are taught at a step: all; "
+       "rotational:every=2, the default, every second by turns; or gradual, "
+       "from the top down over the first half of the steps")
+  number("draft_layers", None, "draft_model: of the model's layers, how many "
+         "the draft model begins with; by default a fifth")
 
 
 def main(settings: types.SimpleNamespace) -> None:
   """Teaches what the settings ask for."""
-  for name in ("heads", "data", "output"):
-    if not getattr(settings, name):
-      raise InputError(f"--{name} is missing; see --help")
+  course, made = _check(settings)
   folder = _open_folder(settings)
   launch.use_compilation_cache(settings.compilation_cache_dir)
   import jax
 
-  from jaxspec import distillation, heads, training
+  from jaxspec import distillation, heads, training, tuning
   from jaxspec.generator import Generator
 
   with launch.progress("loading") as on_progress:
@@ -97,14 +155,16 @@ def main(settings: types.SimpleNamespace) -> None:
       settings.model,
       dtype=settings.dtype,
       mesh=settings.mesh,
+      adapter=settings.adapter,
       rows=settings.answer_rows,
       capacity=settings.longest + settings.answer_tokens,
       on_progress=on_progress,
     )
   model = generator.model
   # Refused before hours of work, with any tokens.
-  for text in settings.heads:
-    heads.parse(text, model, range)
+  for text in settings.heads or ():
+    _refuse_unknown(text, _head(text, model, range), settings)
+  body = _body(settings, model, generator)
   with jax.set_mesh(generator.mesh):
     texts = _texts(generator, _prompts(generator, settings, folder), settings,
                    folder)
@@ -112,7 +172,8 @@ def main(settings: types.SimpleNamespace) -> None:
     learnt = [t for n, t in enumerate(texts) if n % _HELD_OUT]
     if not learnt:
       raise InputError(f"--data gives {len(texts)} texts; pass more")
-    recipe = distillation.Recipe(
+    recipe = course.Recipe(
+      **made,
       steps=settings.steps,
       tokens=settings.batch_tokens,
       widths=_widths(settings.longest),
@@ -120,9 +181,9 @@ def main(settings: types.SimpleNamespace) -> None:
       positions=settings.positions,
       seed=settings.seed,
     )
-    pupils = {}
-    for text in settings.heads:
-      head = heads.parse(
+    pupils = {} if body is None else {tuning.MODEL: body}
+    for text in settings.heads or ():
+      head = _head(
         text,
         model,
         lambda count: distillation.frequent(
@@ -133,23 +194,99 @@ def main(settings: types.SimpleNamespace) -> None:
 
       def on_step(step: int, marks: Mapping[str, Any]) -> None:
         if on_progress is not None:
-          loss = sum(float(m.loss) for m in marks.values()) / len(marks)
+          # Exits that had no turn have none.
+          losses = [float(m.loss) for m in marks.values()]
+          losses = [loss for loss in losses if loss == loss]
+          loss = sum(losses) / len(losses)
           on_progress(f"loss {loss:.2f}", step, recipe.steps)
 
       taught = training.fit(
-        model, pupils, learnt, recipe, folder, every=_EVERY, on_step=on_step
+        model, pupils, learnt, recipe, folder, every=_EVERY, on_step=on_step,
+        course=course,
       )
-    report = _report(model, pupils, taught, held, learnt, recipe)
+    tuned = taught.pop(tuning.MODEL, None)
+    speaker = model if tuned is None else tuned.model
+    report = _report(model, pupils, speaker, taught, held, learnt, recipe)
     for name, head in taught.items():
-      heads.save(folder / name, head, model, **report[name].pop("extra"))
+      heads.save(folder / name, head, speaker, **report[name].pop("extra"))
+    if tuned is not None:
+      _save(folder, tuned, generator, settings)
   _write(folder / "report.json", report)
   _draw(folder)
-  for name, found in report.items():
+  if tuned is not None:
+    _tell(report[tuning.MODEL])
+  for name in taught:
+    found = report[name]
     shares = " ".join(f"{100 * x:.1f}" for x in found["agreement"])
     plain = " ".join(f"{100 * x:.1f}" for x in found["untrained"])
     print(f"{name}: {shares} % agreement, {plain} % untrained, "
           f"{found['tokens']} held-out tokens", flush=True)
   launch.say(f"wrote {settings.output}")
+
+
+def _check(settings: types.SimpleNamespace) -> tuple[Any, dict[str, Any]]:
+  """What teaches, and what its recipe has besides that of heads.
+
+  Flags of the recipe that were not given get their values.
+  """
+  chosen = _RECIPES[settings.recipe]
+  for name in sorted({name for of in _RECIPES.values() for name in of}):
+    if name not in chosen and getattr(settings, name) is not None:
+      owners = [of for of in _RECIPES if name in _RECIPES[of]]
+      raise InputError(f"--{name} is for --recipe={' or '.join(owners)}, and "
+                       f"this is {settings.recipe}; leave it out")
+  for name, value in chosen.items():
+    if getattr(settings, name) is None:
+      setattr(settings, name, value)
+  for name in ("heads", "data", "output"):
+    if not getattr(settings, name) and not (
+      name == "heads" and settings.recipe == "draft_model"
+    ):
+      raise InputError(f"--{name} is missing; see --help")
+  if settings.recipe == "heads":
+    from jaxspec import distillation
+
+    return distillation, {}
+  from jaxspec import tuning
+
+  if settings.recipe == "draft_model":
+    if settings.heads:
+      raise InputError("--recipe=draft_model makes a model, and no heads; "
+                       "leave out --heads")
+    rate = _rate(settings, 3e-4)
+    return tuning, {"model_rate": rate, "layer_dropout": 0.0}
+  naming.whole("train_heads", "adapter_rank", settings.adapter_rank, 0, 1024)
+  own = settings.adapter_rank == 0
+  for name in ("adapter_alpha", "adapter_targets", "adapter_layers"):
+    if own and getattr(settings, name) is not None:
+      raise InputError(f"--{name} is for an adapter, and --adapter_rank=0 asks "
+                       "for none; leave one out")
+  if settings.adapter and not own:
+    raise InputError("--recipe=layerskip makes an adapter of the model itself; "
+                     "leave out --adapter, or pass --adapter_rank=0 to tune "
+                     "the model that it makes as a whole")
+  kind, text = naming.choose("curriculum", settings.curriculum,
+                             tuning.CURRICULA)
+  values = naming.options(f"curriculum {kind}", text,
+                          ["every"] if kind == "rotational" else [])
+  every = values.get("every", tuning.Recipe.every)
+  naming.whole("curriculum", "every", every, 1, 1000)
+  return tuning, {
+    "model_rate": _rate(settings, 3e-5 if own else 3e-4),
+    "layer_dropout": naming.number(
+      "train_heads", "layer_dropout", settings.layer_dropout, 0, 1),
+    "exit_scale": naming.number(
+      "train_heads", "exit_scale", settings.exit_scale, 0, 1000),
+    "curriculum": kind,
+    "every": every,
+  }
+
+
+def _rate(settings: types.SimpleNamespace, default: float) -> float:
+  """The learning rate of the model."""
+  if settings.model_rate is None:
+    settings.model_rate = default
+  return naming.number("train_heads", "model_rate", settings.model_rate, 0, 1)
 
 
 def _open_folder(settings: types.SimpleNamespace) -> pathlib.Path:
@@ -167,9 +304,10 @@ def _open_folder(settings: types.SimpleNamespace) -> pathlib.Path:
     except ValueError as e:
       raise InputError(f"{file} cannot be read; name another folder") from e
     for name in chosen:
-      if found.get(name) != json.loads(json.dumps(chosen[name])):
+      begun = found.get(name, _ONCE.get(name))
+      if begun != json.loads(json.dumps(chosen[name])):
         raise InputError(
-          f"{settings.output} is a run with --{name}={found.get(name)}, and "
+          f"{settings.output} is a run with --{name}={begun}, and "
           f"{chosen[name]} is asked for; give what it was begun with, or name "
           "another folder"
         )
@@ -181,6 +319,56 @@ def _open_folder(settings: types.SimpleNamespace) -> pathlib.Path:
 
 def _identity(settings: types.SimpleNamespace) -> dict[str, Any]:
   return {k: v for k, v in vars(settings).items() if k not in _NOT_IDENTITY}
+
+
+def _head(text: str, model: Any, frequent: Callable[[int], Any]) -> Any:
+  """The heads that `text` describes, or that lie in the folder it names."""
+  from jaxspec import belonging, heads
+
+  folder = pathlib.Path(text).expanduser()
+  if text.partition(":")[0] in heads.kinds() or not folder.is_dir():
+    return heads.parse(text, model, frequent)
+  kind = belonging.kind_of(folder)
+  if kind not in heads.kinds():
+    raise InputError(f"--heads={text} holds {kind!r}, which is no kind of "
+                     f"heads; there are {', '.join(heads.kinds())}")
+  return heads.load(folder, model, kind).heads
+
+
+def _body(
+  settings: types.SimpleNamespace, model: Any, generator: Generator
+) -> Any:
+  """What becomes of the model; None where heads are taught alone."""
+  from jaxspec import adapters, tuning
+  from jaxspec.drafters import draft_model
+
+  if settings.recipe == "heads":
+    return None
+  if settings.recipe == "draft_model":
+    layers = settings.draft_layers or max(model.depth // 5, 1)
+    naming.whole("train_heads", "draft_layers", layers, 1, model.depth - 1)
+    return tuning.Whole(draft_model.select(model, list(range(layers))))
+  if not settings.adapter_rank:
+    return tuning.Whole(model)
+  targets, layers = settings.adapter_targets, settings.adapter_layers
+  return tuning.LowRank(model, adapters.Adapter.init(
+    model,
+    rank=settings.adapter_rank,
+    alpha=settings.adapter_alpha,
+    targets=targets and targets.split(","),
+    layers=layers and naming.layers(
+      "train_heads", "adapter_layers", layers, model.depth),
+    seed=settings.seed,
+  ))
+
+
+def _refuse_unknown(
+  text: str, head: Any, settings: types.SimpleNamespace
+) -> None:
+  if settings.recipe == "layerskip" and head.kind != "exit":
+    raise InputError(f"--heads={text}: --recipe=layerskip teaches exits, which "
+                     "are heads of kind exit; teach others on the tuned model, "
+                     "with --adapter")
 
 
 def _name(head: Any, taken: Mapping[str, Any]) -> str:
@@ -339,30 +527,77 @@ def _answer(
 # What came of it.
 
 
+def _save(
+  folder: pathlib.Path,
+  tuned: Any,
+  generator: Generator,
+  settings: types.SimpleNamespace,
+) -> None:
+  """Writes the adapter, or the model that has learnt as a whole."""
+  import numpy as np
+
+  from jaxspec import adapters
+  from jaxspec.checkpoint import hf
+  from jaxspec.models.transformer import source_of
+
+  if tuned.adapter is not None:
+    adapters.save(folder / "adapter", tuned.adapter, generator.model)
+    return
+  weight = source_of(tuned.model)
+  hf.write(
+    folder / ("draft" if settings.recipe == "draft_model" else "model"),
+    tuned.model.config,
+    lambda path: np.asarray(weight(path, None, None)),
+    tokenizer=generator.tokenizer,
+    generation=generator.defaults,
+  )
+
+
+def _tell(found: Mapping[str, Any]) -> None:
+  """Says what became of a model."""
+  print(f"model: {100 * found['agreement']:.1f} % agreement with the frozen "
+        f"model, perplexity {found['perplexity']:.2f} where that has "
+        f"{found['base_perplexity']:.2f}, {found['tokens']:.0f} held-out "
+        "tokens", flush=True)
+
+
 def _report(
   model: Any,
   pupils: Mapping[str, Any],
+  speaker: Any,
   taught: Mapping[str, Any],
   held: Sequence[Text],
   learnt: Sequence[Text],
   recipe: Any,
 ) -> dict[str, Any]:
-  """How heads agree with the model on text they have not seen."""
-  from jaxspec import distillation, training
+  """How what was taught agrees with the model on text it has not seen.
+
+  Args:
+    speaker: what became of the model: heads foretell it in the end.
+  """
+  from jaxspec import distillation, training, tuning
   from jaxspec.drafters import medusa
   from jaxspec.heads import HydraHeads, MedusaHeads
   from jaxspec.tree import best_choices
 
   with launch.progress("judging") as on_progress:
     tell = _counting(on_progress)
-    after = training.examine(model, taught, held, recipe, tell)
-    before = training.examine(model, pupils, held, recipe, tell)
-  report = {}
+    after = training.examine(speaker, taught, held, recipe, tell)
+    before = training.examine(
+      model, {name: pupils[name] for name in taught}, held, recipe, tell)
+    report = {}
+    if tuning.MODEL in pupils:
+      start = pupils[tuning.MODEL].start
+      report[tuning.MODEL] = {
+        **training.compare(model, speaker, held, recipe, tell),
+        "untrained": None if start is model else training.compare(
+          model, start, held, recipe, tell),
+      }
   for name, head in taught.items():
     extra = {}
     if isinstance(head, MedusaHeads | HydraHeads):
       batch = distillation.batch_of(held, recipe.widths[-1])
-      accuracy = medusa.measure(model, head, batch.tokens, batch.length)
+      accuracy = medusa.measure(speaker, head, batch.tokens, batch.length)
       extra = {"accuracy": accuracy, "choices": best_choices(accuracy, 63)}
     report[name] = {
       "agreement": training.share(after[name]).tolist(),
@@ -401,18 +636,21 @@ def _draw(folder: pathlib.Path) -> None:
   lines = training.read_curve(folder)
   figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
   size = max(len(lines) // 50, 1)
-  for name in lines[0]["heads"]:
+  for name in dict.fromkeys(n for line in lines for n in line["heads"]):
     for axis, pick in (
       (axes[0], lambda h: h["loss"]),
       (axes[1], lambda h: 100 * h["agreement"][0]),
     ):
-      values = [pick(line["heads"][name]) for line in lines]
-      means = [
-        sum(values[at:at + size]) / len(values[at:at + size])
-        for at in range(0, len(values), size)
-      ]
-      axis.plot([size * (n + 0.5) for n in range(len(means))], means,
-                label=name)
+      places, means = [], []
+      for at in range(0, len(lines), size):
+        values = [
+          pick(line["heads"][name]) for line in lines[at:at + size]
+          if name in line["heads"]
+        ]
+        if values:
+          places.append(at + 0.5 * size)
+          means.append(sum(values) / len(values))
+      axis.plot(places, means, label=name)
   axes[0].set(xlabel="step", ylabel="loss, nats")
   axes[1].set(xlabel="step", ylabel="agreement with the model, %")
   axes[1].legend()

@@ -318,7 +318,8 @@ def _derive(model: Any, name: str) -> Any:
     if part == "int8":
       bits = True
     elif part.startswith("layers="):
-      model = select(model, _layers(part.removeprefix("layers="), model.depth))
+      model = select(model, naming.layers(
+          "draft_model", "layers", part.removeprefix("layers="), model.depth))
     else:
       raise InputError(f"draft_model: {part!r} of {name} is unknown; write "
                        "self:int8, self:layers=0-9 or self:layers=0-9,int8")
@@ -339,21 +340,6 @@ def select(model: Transformer, layers: list[int]) -> Transformer:
     return weights(path, shape, axes, wanted)
 
   return Transformer(config, source)
-
-
-def _layers(text: str, depth: int) -> list[int]:
-  """Reads `0-3+26+29`."""
-  try:
-    found = []
-    for part in text.split("+"):
-      first, _, last = part.partition("-")
-      found += range(int(first), int(last or first) + 1)
-  except ValueError:
-    found = []
-  if not found or not all(0 <= layer < depth for layer in found):
-    raise InputError(f"draft_model: layers={text} must name some of "
-                     f"0-{depth - 1}, for example 0-1+{depth - 1}")
-  return found
 
 
 def _load(target: Target, name: str, vocab_map: Any) -> tuple[Any, Any]:

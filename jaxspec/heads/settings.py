@@ -3,14 +3,12 @@
 
 import dataclasses
 import math
-import pathlib
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from jaxspec import belonging
 from jaxspec.confidence import COEFFICIENTS, MEASURES
-from jaxspec.errors import InputError
 
 _CHOICES, _RANKS = 1024, 1024
 # A threshold that no confidence reaches.
@@ -38,31 +36,8 @@ class Calibration:
   coefficients: tuple[float, ...] | None = None
 
 
-class Settings:
+class Settings(belonging.Settings):
   """A config that may say anything; what is wrong is named."""
-
-  def __init__(self, path: pathlib.Path, values: dict):
-    self.path, self.get = path, values.get
-
-  def fail(self, key: str, wanted: str) -> InputError:
-    found = repr(self.get(key))
-    if len(found) > 60:
-      found = found[:60] + "..."
-    return InputError(f"{self.path}: {key} must be {wanted}, got {found}")
-
-  def integer(self, key: str, low: int, high: int, **default: Any) -> Any:
-    value = self.get(key)
-    if default and value is None:
-      return default["default"]
-    if type(value) is not int or not low <= value <= high:
-      raise self.fail(key, f"an integer in [{low}, {high}]")
-    return value
-
-  def flag(self, key: str) -> bool:
-    value = self.get(key)
-    if type(value) is not bool:
-      raise self.fail(key, "true or false")
-    return value
 
   def choices(self, heads: int) -> tuple[tuple[int, ...], ...]:
     value = self.get("choices") or []

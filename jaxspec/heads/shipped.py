@@ -8,8 +8,8 @@
 import json
 import pathlib
 
+from jaxspec.belonging import CONFIG, fingerprint
 from jaxspec.errors import InputError, nearest
-from jaxspec.heads.folder import CONFIG, fingerprint
 from jaxspec.models.transformer import Transformer
 
 SHIPPED = pathlib.Path(__file__).parent / "trained"

@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,8 +86,29 @@ def look_up(table: Float[Array, "V D"], index: Int[Array, "*batch"]
   return table[index]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+  """A matrix and a change of low rank, not added up (arXiv:2106.09685).
+
+  Where `up` and `down` are learnt and `weight` is not, a gradient needs no
+  matrix of the size of `weight`.
+  """
+
+  weight: Float[Array, "*outer D"]
+  up: Float[Array, "*outer rank"]
+  down: Float[Array, "rank D"]
+
+  def __getitem__(self, index: Any) -> "Adapted":
+    """All of it for `...`, as of an array; it has no other index."""
+    if index is not ...:
+      raise IndexError(f"an adapted matrix is read whole, not at {index!r}")
+    return self
+
+
 def linear(x: Float[Array, "*batch D"],
-           weight: Float[Array, "*outer D"] | QArray) -> Float[Array, "..."]:
+           weight: Float[Array, "*outer D"] | QArray | Adapted
+           ) -> Float[Array, "..."]:
   """`x` times a weight: `[batch..., outer...]`, summed in float32.
 
   Weights keep their outputs first, the order of checkpoints, which is the
@@ -95,6 +117,9 @@ def linear(x: Float[Array, "*batch D"],
   """
   if isinstance(weight, QArray):
     return quantized.matmul(x, weight)
+  if isinstance(weight, Adapted):
+    change = linear(linear(x.astype(jnp.float32), weight.down), weight.up)
+    return linear(x, weight.weight) + change
   # A plain matrix product: XLA may want a weight of more dimensions in another
   # layout, and then copies it at every call.
   shape = (*x.shape[:-1], *weight.shape[:-1])

@@ -137,7 +137,14 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-  """A decoder-only transformer. Read-only: every method is pure."""
+  """A decoder-only transformer. Read-only: every method is pure.
+
+  Attributes:
+    identity: its fingerprint, where weights do not tell it (see
+      `jaxspec.adapters.merged`); a model derived from it has none.
+  """
+
+  identity = ""
 
   def __init__(self, config: Config, source: Source):
     self.config = config

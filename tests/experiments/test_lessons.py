@@ -46,7 +46,8 @@ def test_all_kinds_are_there(folders, tmp_path):
     first = (tmp_path / "out/prompts.jsonl").read_text()
     lessons.main(["lessons"])
     assert (tmp_path / "out/prompts.jsonl").read_text() == first
-  prompts = [p[0]["content"] for p in corpus.read(tmp_path / "out/prompts.jsonl")]
+  prompts = [p[0]["content"]
+             for p in corpus.read(tmp_path / "out/prompts.jsonl")]
   texts = corpus.read(tmp_path / "out/texts.jsonl")
   assert len(prompts) == 40
   for start, count in (("How much is", 10), ("Summarize: ", 5),

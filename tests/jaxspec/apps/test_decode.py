@@ -154,6 +154,7 @@ def test_flags_reach_generator_and_options(fake):
       "--mesh=data=1,tensor=2",
       "--cache=paged",
       "--prefill=layer_major",
+      "--adapter=tuned",
       "--max_new_tokens=7",
       "--temperature=0.5",
       "--top_k=3",
@@ -182,6 +183,7 @@ def test_flags_reach_generator_and_options(fake):
     mesh={"data": 1, "tensor": 2},
     cache="paged",
     prefill="layer_major",
+    adapter="tuned",
   )
   options = fake.options
   assert (options.max_new_tokens, options.temperature) == (7, 0.5)
