@@ -1,0 +1,826 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time to the first token, shown and settled, with early exit and without.
+
+  python -m experiments.ttft --prompts=question.jsonl --heads=FOLDER
+
+Real prompts by category, and chats cut or joined to given lengths, are read
+in turns:
+
+  plain        chunk by chunk through all layers, then plain decoding
+  layer-major  all chunks through the layers below the head, which speaks; then
+               prompt and drafts together through the rest (`jaxspec.opening`)
+  chunk-major  the same head, but the prompt goes chunk by chunk through all
+               layers, and the last chunk alone through the lower ones first
+
+Each is timed until what would be shown is there: the provisional token, the
+first settled token, the 4th and the 8th. Nobody is always first, a sample in
+which something was compiled or others kept the processor busy is taken again,
+and times are compared request by request.
+
+How early a head can speak is where it was put; what it knows is how often it
+must be taken back. So every provisional token is kept with its confidence
+beside the settled one: how many are shown, and how many of these are taken
+back, follows for every threshold, with exact 95 % intervals. The control is a
+table of first tokens, of all requests or of those of one category, which needs
+no computation at all; it is judged on requests that it has not seen.
+
+What is finished is kept beside the output, and the same command goes on from
+there.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from experiments import machine, rates
+from experiments.exactness import Journal
+from experiments.prompts import chat_ids
+from experiments.speculation import read_prompts
+from jaxspec import heads as heads_lib
+from jaxspec import loop, opening, profiling
+from jaxspec.base import HeadStart, Sequences
+from jaxspec.caches import Place
+from jaxspec.drafters import early_exit
+from jaxspec.drafters.early_exit import EarlyExit
+from jaxspec.errors import InputError
+from jaxspec.options import Options, as_request
+
+FLAGS = flags.FLAGS
+PLAIN = "plain"
+WIDTHS = (64, 128, 256, 512, 1024, 2048)
+PLACES = (1, 4, 8)                    # settled tokens that are waited for
+THRESHOLDS = tuple(np.round(np.arange(0, 1, 0.05), 2)) + (0.975, 0.99)
+_STOPS, _BIASES = 16, 64
+
+
+def define_flags() -> None:
+  """Only when run: flags are one name space, and tests import many files."""
+  flags.DEFINE_string("model", "smollm2-135m", "what is decoded with")
+  flags.DEFINE_string("dtype", "bfloat16", "of the weights")
+  flags.DEFINE_string(
+      "prompts", None, "JSON lines with `turns` and `category`", required=True)
+  flags.DEFINE_list("heads", None, "folders with a head each", required=True)
+  flags.DEFINE_string(
+      "output", "experiments/results/ttft.json",
+      "where the result goes; the plot goes beside it")
+  flags.DEFINE_list("batches", ["1", "8"], "rows that are begun together")
+  flags.DEFINE_list("temperatures", ["0"], "of sampling")
+  flags.DEFINE_list("drafts", ["1", "3"], "lengths of the chains drafted")
+  flags.DEFINE_integer("count", 40, "prompts of each category with one row")
+  flags.DEFINE_integer("batch_count", 8, "of each category with several rows")
+  flags.DEFINE_list("lengths", [str(w) for w in WIDTHS],
+                    "of prompts that are cut or joined")
+  flags.DEFINE_integer("repeats", 5, "prompts of each such length")
+  flags.DEFINE_integer(
+      "most_tokens", 4096, "rows times length, of those; more is left out")
+  flags.DEFINE_integer("chunk", 512, "positions of a chunk")
+  flags.DEFINE_float(
+      "threshold", None, "confidence from which a first token is shown; what "
+      "was calibrated for the head by default, else 0.5")
+  flags.DEFINE_string("measure", "top", "of confidence, where none is stored")
+  flags.DEFINE_integer("retries", 2, "of a sample that was disturbed")
+  flags.DEFINE_float(
+      "max_foreign", 0.2, "cores that others may keep busy during a sample")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """Early exit with one head and so many drafts."""
+
+  name: str
+  head: str
+  drafts: int
+  drafter: EarlyExit
+
+
+@jax.jit
+def through_last_chunk(model, drafter, tokens, length, request, prefix):
+  """The last chunk, as far as the head; behind it nothing is known yet.
+
+  Args:
+    prefix: what `loop.prefill` made of all chunks before, with the drafter's
+      taps; every prompt ends with the last chunk.
+  """
+  rows, before = prefix.tokens.shape
+  count = tokens.shape[1] - before
+  x, at = model.embed(tokens[:, before:]), _placed(rows, before, count)
+  x, fresh = model.extend(x, prefix.cache,
+                          model.init_fresh(prefix.cache, count), at,
+                          layers=range(drafter.head.layer))
+  draft = drafter.read(
+      model, jnp.concatenate([prefix.features[0], x], axis=1), length - 1)
+  cache = prefix.cache.replace(length=length - 1)
+  walk = drafter.look(
+      model, Sequences(tokens, length, length, cache), request, draft,
+      HeadStart(x[:, -1:], model.init_fresh(cache, drafter.size),
+                drafter.head.layer))
+  return walk.tokens[:, 1], x, fresh
+
+
+@jax.jit
+def through_rest(model, drafter, prefix, x, fresh):
+  """The last chunk through the other layers; the likeliest first token."""
+  rows, before = prefix.tokens.shape
+  x, _ = model.extend(x, prefix.cache, fresh,
+                      _placed(rows, before, x.shape[1]),
+                      layers=range(drafter.head.layer, model.depth))
+  return jnp.argmax(model.unembed(x[:, -1:])[:, 0], axis=-1)
+
+
+def _placed(rows: int, start: int, count: int) -> Place:
+  return Place.of(
+      start + jnp.broadcast_to(jnp.arange(count)[None], (rows, count)),
+      jnp.tril(jnp.ones((count, count), bool)))
+
+
+@functools.partial(jax.jit, static_argnames=("measure",))
+def confidences(model, drafter, seen, measure):
+  """How sure the head was of each draft of a chain, `[R drafts]`.
+
+  What a stream knows when it shows them; here apart from what is timed.
+  """
+  head, length, drafts = drafter.head, seen.seq.length, drafter.height
+  rows, padded = seen.x.shape[:2]
+  at = length[:, None] + jnp.arange(drafts)[None]
+  x = jnp.pad(seen.x, ((0, 0), (0, drafts), (0, 0))).at[
+      jnp.arange(rows)[:, None], at].set(seen.proposal.head_start.x[:, 1:])
+  x = jnp.take_along_axis(head.attended(x), (at - 1)[..., None], axis=1)
+  logits = head(model, x)
+  return early_exit.confidence(
+      logits.reshape(rows * drafts, -1), measure).reshape(rows, drafts)
+
+
+class Bench:
+  """A model, and a batch for plain decoding and for each method."""
+
+  def __init__(self, model: Any, methods: Sequence[Method], rows: int, *,
+               capacity: int, chunk: int, eos_ids: Sequence[int] = (),
+               measure: str = "top", **settings: Any):
+    """Programs are compiled when they are first run."""
+    from jaxspec.generator import Generator
+    self.model, self.rows, self.chunk = model, rows, chunk
+    self.eos_ids, self.measure = tuple(eos_ids), measure
+    self.methods = {m.name: m for m in methods}
+    drafters = {PLAIN: "autoregressive",
+                **{m.name: m.drafter for m in methods}}
+    self.generators = {
+        name: Generator(model, drafter=drafter, rows=rows, capacity=capacity,
+                        **settings)
+        for name, drafter in drafters.items()}
+    self.dtype = self.generators[PLAIN].cache_dtype
+    self._states: dict[str, Any] = {}
+
+  def run(self, name: str, texts: Sequence[Sequence[int]], width: int,
+          options: Sequence[Options]) -> dict[str, Any]:
+    """Begins requests, waits for eight tokens, and tells when they came.
+
+    Args:
+      name: "plain" or one of the methods.
+      width: that prompts are padded to.
+    """
+    made = self.generators[name]
+    state = self._states.pop(name, None)
+    if state is None:
+      state = made._init()
+    jax.block_until_ready(state)
+    tokens, lengths = padded(texts, width)
+    request = as_request(options, lengths.tolist(), self.eos_ids,
+                         vocab=self.model.vocab, stops=_STOPS, biases=_BIASES)
+    where = np.arange(self.rows, dtype=np.int32)
+    start = time.perf_counter()
+
+    def since() -> float:
+      return time.perf_counter() - start
+
+    found: dict[str, Any] = {}
+    if name == PLAIN:
+      prefix = loop.prefill(self.model, (), tokens, lengths, chunk=self.chunk,
+                            dtype=self.dtype)
+      state = loop.insert(self.model, made.drafter, made.verifier, state,
+                          where, prefix, request)
+    else:
+      seen = opening.glimpse(self.model, made.drafter, tokens, lengths,
+                             request, chunk=self.chunk, dtype=self.dtype)
+      jax.block_until_ready(seen.walk.tokens)
+      found["provisional"] = since()
+      seen = opening.go_on(self.model, made.drafter, seen)
+      jax.block_until_ready(seen.proposal.tokens)
+      found["drafted"] = since()
+      state, _ = opening.settle(
+          self.model, made.drafter, made.verifier, state, where, seen,
+          chunk=self.chunk)
+    settled: dict[int, list[float | None]] = {
+        k: [None] * self.rows for k in PLACES}
+    while True:
+      jax.block_until_ready((state.seq.tokens, state.seq.length))
+      now = since()
+      length, done = (np.array(x) for x in jax.device_get(
+          (state.seq.length, state.done)))
+      for place, times in settled.items():
+        for row, count in enumerate(length - lengths):
+          if times[row] is None and count >= place:
+            times[row] = now
+      if np.all(done | (length - lengths >= PLACES[-1])):
+        break
+      state = loop.decode(self.model, made.drafter, made.verifier, state,
+                          np.int32(1), np.bool_(True))
+    found["settled"] = {str(k): times for k, times in settled.items()}
+    if name != PLAIN:
+      found["sure"] = np.asarray(confidences(
+          self.model, made.drafter, seen, self.measure)).astype(float).tolist()
+      found["guessed"] = np.asarray(seen.proposal.tokens)[:, 1:].tolist()
+      found["drafts"] = np.array(state.counters.nodes).tolist()
+      found["accepted"] = np.array(
+          state.counters.accepted).sum(axis=1).tolist()
+    whole = np.array(state.seq.tokens)
+    found["tokens"] = [whole[row, n:min(end, n + PLACES[-1])].tolist()
+                       for row, (n, end) in enumerate(zip(lengths, length))]
+    self._states[name] = state
+    return found
+
+  def control(self, name: str, texts: Sequence[Sequence[int]],
+              options: Sequence[Options]) -> dict[str, Any]:
+    """The same head where prompts are read chunk by chunk.
+
+    Prompts are equally long and of several whole chunks. Settled is the
+    likeliest token, of which nothing is kept; so this is a little less work.
+    """
+    drafter = self.generators[name].drafter
+    tokens, lengths = padded(texts, len(texts[0]))
+    before = tokens.shape[1] - self.chunk
+    if before <= 0 or before % self.chunk or len(set(lengths.tolist())) > 1:
+      raise InputError(f"prompts of {sorted(set(lengths.tolist()))} tokens are "
+                       f"not several chunks of {self.chunk}; cut them so")
+    request = as_request(options, lengths.tolist(), self.eos_ids,
+                         vocab=self.model.vocab, stops=_STOPS, biases=_BIASES)
+    head = tokens[:, :before], np.full_like(lengths, before)
+    start = time.perf_counter()
+    prefix = loop.prefill(self.model, drafter.taps, *head, chunk=self.chunk,
+                          dtype=self.dtype)
+    guess, x, fresh = through_last_chunk(
+        self.model, drafter, tokens, lengths, request, prefix)
+    jax.block_until_ready(guess)
+    shown = time.perf_counter() - start
+    first = jax.block_until_ready(
+        through_rest(self.model, drafter, prefix, x, fresh))
+    return {"provisional": shown, "settled": {
+        "1": [time.perf_counter() - start] * self.rows},
+            "guessed": np.asarray(guess)[:, None].tolist(),
+            "tokens": np.asarray(first)[:, None].tolist()}
+
+
+def padded(texts: Sequence[Sequence[int]], width: int
+           ) -> tuple[np.ndarray, np.ndarray]:
+  """Texts as one array, and their lengths."""
+  tokens = np.zeros((len(texts), width), np.int32)
+  for row, text in zip(tokens, texts):
+    row[:len(text)] = text
+  return tokens, np.array([len(text) for text in texts], np.int32)
+
+
+def undisturbed(sample: Callable[[], dict[str, Any]], retries: int,
+                max_foreign: float) -> dict[str, Any]:
+  """A sample in which nothing was compiled and others were quiet.
+
+  The last one counts where they never were; it says so.
+  """
+  tries = warm = 0
+  while True:
+    with profiling.count_compiles() as compiles, machine.ForeignLoad() as load:
+      found = sample()
+    if compiles.count:
+      warm += 1
+      if warm > 4:
+        raise RuntimeError("every sample compiles something; none counts")
+      continue
+    quiet = load.cores is None or load.cores <= max_foreign
+    if quiet or tries >= retries:
+      return {**found, "foreign_cores": load.cores, "quiet": quiet}
+    tries += 1
+
+
+def measure(bench: Bench, texts: Sequence[Sequence[int]],
+            options: Sequence[Options], turn: int, *, retries: int,
+            max_foreign: float) -> dict[str, Any]:
+  """One batch of requests by every method, in turns."""
+  width = next((w for w in WIDTHS if w >= max(map(len, texts))), None)
+  if width is None:
+    raise InputError(f"a prompt of {max(map(len, texts))} tokens is longer "
+                     f"than {WIDTHS[-1]}; leave it out")
+  whole = (not options[0].temperature and len(set(map(len, texts))) == 1 and len(texts[0]) > bench.chunk
+           and len(texts[0]) % bench.chunk == 0)
+  jobs: dict[str, Callable[[], dict[str, Any]]] = {
+      PLAIN: lambda: bench.run(PLAIN, texts, width, options)}
+  heads = set()
+  for name, method in bench.methods.items():
+    jobs[name] = functools.partial(bench.run, name, texts, width, options)
+    if whole and method.head not in heads:
+      heads.add(method.head)
+      jobs[f"{method.head}, chunk-major"] = functools.partial(
+          bench.control, name, texts, options)
+  names = list(jobs)
+  shift = turn % len(names)
+  found = {name: undisturbed(jobs[name], retries, max_foreign)
+           for name in [*names[shift:], *names[:shift]]}
+  return {"prompt_tokens": list(map(len, texts)), "width": width,
+          "rows": len(texts), "methods": {name: found[name] for name in names}}
+
+
+# What is counted.
+
+
+def spread(values: Iterable[float | None]) -> dict[str, Any]:
+  """Percentiles of what is there."""
+  some = [v for v in values if v is not None]
+  if not some:
+    return {"count": 0}
+  return {"count": len(some), **{
+      f"p{p}": float(np.percentile(some, p)) for p in (50, 95, 99)}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """One request by one method, beside the same request decoded plainly."""
+
+  plain: dict[str, Any]
+  own: dict[str, Any]
+  row: int
+
+  def settled(self, place: int, plain: bool = False) -> float | None:
+    times = (self.plain if plain else self.own)["settled"].get(str(place))
+    return None if times is None else times[self.row]
+
+  @property
+  def guessed(self) -> list[int]:
+    return self.own["guessed"][self.row]
+
+  @property
+  def stood(self) -> list[bool]:
+    """Which of the drafts are what was settled; behind a wrong one none is."""
+    tokens = self.own["tokens"][self.row]
+    right = [n < len(tokens) and tokens[n] == t
+             for n, t in enumerate(self.guessed)]
+    return np.logical_and.accumulate(right).tolist()
+
+  @property
+  def sure(self) -> list[float]:
+    """The least confidence as far as each draft: so many are shown."""
+    return np.minimum.accumulate(self.own["sure"][self.row]).tolist()
+
+  @property
+  def meant(self) -> list[int]:
+    """Drafts for which something was settled; others never mattered."""
+    return list(range(min(len(self.guessed),
+                          len(self.own["tokens"][self.row]))))
+
+
+def asked(records: Iterable[dict[str, Any]], method: str) -> list[Asked]:
+  return [Asked(r["methods"][PLAIN], r["methods"][method], row)
+          for r in records if method in r["methods"]
+          for row in range(r["rows"])]
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+  return None if a is None or b is None else a / b
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+  """Operations of one token, attention left out."""
+
+  layer: float
+  depth: int
+  unembed: float
+  head: float
+  exit: int
+
+  @classmethod
+  def of(cls, model: Any, head: Any) -> "Costs":
+    def size(part):
+      from flax import nnx
+      return sum(2.0 * w.size for w in jax.tree.leaves(
+          nnx.state(part, nnx.Param)) if w.ndim > 1)
+    rows = model.vocab if head.tokens is None else len(head.tokens[...])
+    unembed = 2.0 * model.config.width
+    return cls(size(model.layers[0]), model.depth, unembed * model.vocab,
+               size(head) + unembed * rows, head.layer)
+
+  def waste(self, drafts: int, accepted: int) -> dict[str, float]:
+    """Of drafts that fell, and of asking the head."""
+    fell = drafts - accepted
+    return {"lower": fell * self.exit * self.layer,
+            "upper": fell * ((self.depth - self.exit) * self.layer
+                             + self.unembed),
+            "head": drafts * self.head}
+
+  def plain(self, prompt: int, tokens: int) -> float:
+    """Of a prompt and an answer without drafts."""
+    return ((prompt + tokens - 1) * self.depth * self.layer
+            + tokens * self.unembed)
+
+
+def line(records: Sequence[dict[str, Any]], method: str,
+         threshold: float | None, costs: Costs | None) -> dict[str, Any]:
+  """What one method gave on some requests."""
+  some = asked(records, method)
+  found: dict[str, Any] = {
+      "requests": len(some),
+      "quiet": float(np.mean([x.own["quiet"] for x in some])),
+      "settled_ms": {str(k): spread(
+          _ms(x.settled(k)) for x in some) for k in PLACES}}
+  if method == PLAIN:
+    return found
+  found["settled_later"] = {str(k): spread(
+      _less(ratio(x.settled(k), x.settled(k, plain=True))) for x in some)
+      for k in PLACES}
+  found["provisional_ms"] = spread(_ms(x.own["provisional"]) for x in some)
+  found["provisional_earlier"] = spread(
+      1 - x.own["provisional"] / x.settled(1, plain=True) for x in some)
+  found["first_agreement"] = rates.rate(
+      sum(x.stood[0] for x in some), len(some))
+  found["settled_as_plain"] = rates.rate(
+      sum(x.own["tokens"][x.row][:1] == x.plain["tokens"][x.row][:1]
+          for x in some), len(some))
+  if "sure" not in some[0].own:
+    return found
+  found |= shown(some, threshold)
+  if costs:
+    found["waste"] = wasted(records, method, costs)
+  return found
+
+
+def shown(some: Sequence[Asked], threshold: float) -> dict[str, Any]:
+  """What a stream shows at a threshold, when, and for how long in vain."""
+  first = rates.at_threshold([x.sure[0] for x in some],
+                             [x.stood[0] for x in some], threshold)
+  every = [(x, n) for x in some for n in x.meant]
+  tokens = rates.at_threshold([x.sure[n] for x, n in every],
+                              [x.stood[n] for x, n in every], threshold)
+  early = [x.sure[0] >= threshold for x in some]
+  in_vain = [x.settled(1) - x.own["provisional"]
+             for x, there in zip(some, early) if there and not x.stood[0]]
+  seen = [x.own["provisional"] if there else x.settled(1)
+          for x, there in zip(some, early)]
+  right = [x.own["provisional"] if there and x.stood[0] else x.settled(1)
+           for x, there in zip(some, early)]
+  plain = [x.settled(1, plain=True) for x in some]
+  return {
+      "threshold": threshold, "first_emission": first["emission"],
+      "first_retraction": first["retraction"],
+      "token_emission": tokens["emission"],
+      "token_retraction": tokens["retraction"],
+      "shown_in_vain_ms": spread(map(_ms, in_vain)),
+      "first_shown_ms": spread(map(_ms, seen)),
+      "first_shown_earlier": spread(1 - a / b for a, b in zip(seen, plain)),
+      # A token that is taken back has brought nothing.
+      "first_right_earlier": spread(1 - a / b for a, b in zip(right, plain)),
+      "mean_first_right_earlier": float(np.mean(
+          [1 - a / b for a, b in zip(right, plain)]))}
+
+
+def wasted(records: Sequence[dict[str, Any]], method: str, costs: Costs
+           ) -> dict[str, Any]:
+  """Operations for nothing, up to the last token that was waited for."""
+  total: Counter[str] = Counter()
+  plain, drafts, accepted, requests = 0.0, 0, 0, 0
+  for record in records:
+    own = record["methods"].get(method)
+    if not own:
+      continue
+    for row, prompt in enumerate(record["prompt_tokens"]):
+      total.update(costs.waste(own["drafts"][row], own["accepted"][row]))
+      plain += costs.plain(prompt, len(own["tokens"][row]))
+      drafts += own["drafts"][row]
+      accepted += own["accepted"][row]
+      requests += 1
+  return {"drafts": drafts, "accepted": accepted,
+          "flops_a_request": {k: v / requests for k, v in total.items()},
+          "of_plain_decoding": sum(total.values()) / plain}
+
+
+def curve(some: Sequence[Asked]) -> dict[str, list[dict[str, Any]]]:
+  """Emission and retraction against the threshold, of firsts and of all."""
+  every = [(x, n) for x in some for n in x.meant]
+  return {
+      "first": [rates.at_threshold([x.sure[0] for x in some],
+                                   [x.stood[0] for x in some], t)
+                for t in THRESHOLDS],
+      "tokens": [rates.at_threshold([x.sure[n] for x, n in every],
+                                    [x.stood[n] for x, n in every], t)
+                 for t in THRESHOLDS]}
+
+
+def priors(first: Sequence[tuple[str, int]]
+           ) -> dict[str, list[tuple[int, float]]]:
+  """What tables say of each request, learnt from all the others.
+
+  Args:
+    first: the category and the first settled token of each request.
+
+  Returns:
+    By table, the likeliest token of each request and its share.
+  """
+  found: dict[str, list[tuple[int, float]]] = {"unigram": [], "by_category": []}
+  for table, guesses in found.items():
+    keys = [c if table == "by_category" else "" for c, _ in first]
+    counts: dict[str, Counter[int]] = {key: Counter() for key in keys}
+    for key, (_, token) in zip(keys, first):
+      counts[key][token] += 1
+    for key, (_, token) in zip(keys, first):
+      rest = counts[key].copy()
+      rest[token] -= 1
+      size = sum(rest.values())
+      best = max(rest, key=lambda t, rest=rest: (rest[t], -t))
+      guesses.append((best, rest[best] / size) if size else (-1, 0.0))
+  return found
+
+
+def compare_with_priors(records: Sequence[dict[str, Any]],
+                        methods: Sequence[str], thresholds: dict[str, float]
+                        ) -> dict[str, Any]:
+  """The head beside tables of first tokens, at the same retraction."""
+  first = [(r["group"], r["methods"][PLAIN]["tokens"][row][0])
+           for r in records for row in range(r["rows"])]
+  sources: dict[str, tuple[list[float], list[bool]]] = {}
+  for name, guesses in priors(first).items():
+    sources[name] = ([p for _, p in guesses],
+                     [g == t for (g, _), (_, t) in zip(guesses, first)])
+  risks = {"5 %": 0.05, "10 %": 0.10, "20 %": 0.20}
+  for method in methods:
+    some = asked(records, method)
+    sources[method] = ([x.sure[0] for x in some], [x.stood[0] for x in some])
+    at = rates.at_threshold(*sources[method], thresholds[method])
+    if at["retraction"]["share"] is not None:
+      risks[f"as {method}"] = at["retraction"]["share"]
+  return {name: {"agreement": rates.rate(sum(right), len(right)),
+                 "most_shown": {risk: rates.most_shown(sure, right, value)
+                                for risk, value in risks.items()}}
+          for name, (sure, right) in sources.items()}
+
+
+def _ms(seconds: float | None) -> float | None:
+  return None if seconds is None else 1e3 * seconds
+
+
+def _less(value: float | None) -> float | None:
+  return None if value is None else value - 1
+
+
+def summarise(records: Sequence[dict[str, Any]], thresholds: dict[str, float],
+              costs: dict[str, Costs]) -> dict[str, Any]:
+  """Lines for every setting, curves, and the control."""
+  lines, curves, control = [], [], []
+  settings = dict.fromkeys((r["rows"], r["temperature"], r["kind"])
+                           for r in records)
+  for rows, temperature, kind in settings:
+    own = [r for r in records if (r["rows"], r["temperature"], r["kind"]) == (
+        rows, temperature, kind)]
+    setting = {"rows": rows, "temperature": temperature, "kind": kind}
+    methods = list(dict.fromkeys(m for r in own for m in r["methods"]))
+    groups = list(dict.fromkeys(r["group"] for r in own))
+    for group in ([None, *groups] if kind == "category" else groups):
+      some = [r for r in own if group in (None, r["group"])]
+      for method in methods:
+        if any(method in r["methods"] for r in some):
+          lines.append({**setting, "group": group or "all", "method": method,
+                        **line(some, method, thresholds.get(method),
+                               costs.get(method))})
+    if kind == "category":
+      headed = [m for m in methods if m in thresholds]
+      curves += [{**setting, "method": m, **curve(asked(own, m))}
+                 for m in headed]
+      control.append({**setting,
+                      "sources": compare_with_priors(own, headed, thresholds)})
+  return {"lines": lines, "curves": curves, "priors": control}
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+  """Markdown: medians of each setting and group."""
+  parts = [
+      "| rows | prompts | method | provisional | 1st settled | 8th settled "
+      "| shown earlier | 1st settled later | shown | taken back |",
+      "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|"]
+
+  def number(value, form, key="p50"):
+    return "" if not value or value.get(key) is None else form(value[key])
+
+  for x in lines:
+    ms, percent = "{:.0f} ms".format, "{:+.1%}".format
+    parts.append("| " + " | ".join([
+        str(x["rows"]), f"{x['group']}" + (
+            f", T={x['temperature']:g}" if x["temperature"] else ""),
+        x["method"], number(x.get("provisional_ms"), ms),
+        number(x["settled_ms"]["1"], ms), number(x["settled_ms"]["8"], ms),
+        number(x.get("provisional_earlier"), "{:.0%}".format),
+        number(x.get("settled_later", {}).get("1"), percent),
+        number(x.get("first_emission"), "{:.0%}".format, "share"),
+        number(x.get("first_retraction"), "{:.0%}".format, "share")]) + " |")
+  return "\n".join(parts)
+
+
+def plot(summary: dict[str, Any], path: pathlib.Path) -> None:
+  """Times against the prompt's length; emission and retraction; priors."""
+  import matplotlib
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+  figure, axes = plt.subplots(1, 3, figsize=(15, 4.4))
+  lines = [x for x in summary["lines"] if x["kind"] == "length"]
+  if lines:
+    few = min(x["rows"] for x in lines)
+    lines = [x for x in lines if x["rows"] == few and not x["temperature"]]
+    axes[0].set_title(f"prompts of one length, {few} row(s), median")
+  for number, method in enumerate(dict.fromkeys(x["method"] for x in lines)):
+    own = [x for x in lines if x["method"] == method]
+    color = f"C{number}"
+    for key, style in (("provisional_ms", "--o"), ("settled_ms", "-s")):
+      points = [(int(x["group"]), (x[key] if key != "settled_ms"
+                                   else x[key]["1"])["p50"])
+                for x in own if key in x]
+      if points:
+        axes[0].plot(*zip(*points), style, color=color, markersize=4,
+                     label=f"{method}, {key.split('_')[0]}")
+  axes[0].set(xscale="log", yscale="log", xlabel="tokens of the prompt",
+              ylabel="ms to the first token")
+  if lines:
+    axes[0].legend(fontsize=6)
+  curves = summary["curves"][:4]
+  for number, one in enumerate(curves):
+    points = [p for p in one["first"] if p["retraction"]["of"]]
+    x = [p["threshold"] for p in points]
+    color = f"C{number}"
+    axes[1].plot(x, [p["emission"]["share"] for p in points], "--",
+                 color=color, label=f"shown, {one['method']}, "
+                 f"{one['rows']} row(s)")
+    axes[1].plot(x, [p["retraction"]["share"] for p in points], "-",
+                 color=color, label="taken back")
+    axes[1].fill_between(x, [p["retraction"]["low"] for p in points],
+                         [p["retraction"]["high"] for p in points],
+                         color=color, alpha=0.15)
+  axes[1].set(xlabel="threshold", ylim=(0, 1), title="first tokens")
+  if curves:
+    axes[1].legend(fontsize=6)
+  if summary["priors"]:
+    sources = summary["priors"][0]["sources"]
+    at = np.arange(len(sources))
+    for shift, (label, get) in enumerate((
+        ("agreement", lambda s: s["agreement"]),
+        ("most shown, 10 % taken back",
+         lambda s: s["most_shown"]["10 %"]["emission"]))):
+      some = [get(s) for s in sources.values()]
+      share = np.array([s["share"] for s in some])
+      axes[2].bar(at + 0.4 * shift - 0.2, share, 0.4, label=label, yerr=[
+          share - [s["low"] for s in some], [s["high"] for s in some] - share])
+    axes[2].set_xticks(at, list(sources), rotation=20, fontsize=7)
+    axes[2].set(ylim=(0, 1), title="first tokens: the head and tables")
+    axes[2].legend(fontsize=7)
+  figure.tight_layout()
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+# What is run.
+
+
+def calibrated(folder: str) -> dict[str, Any]:
+  """What is stored beside a head of when to show what it says."""
+  config = json.loads((pathlib.Path(folder) / "config.json").read_text())
+  return config.get("calibration") or {}
+
+
+def chats(tokenizer: Any, prompts: dict[str, list[str]], longest: int
+          ) -> dict[str, list[list[int]]]:
+  """Each category's prompts as chats; longer ones are left out."""
+  found = {}
+  for category, texts in prompts.items():
+    ids = [tokenizer.encode(tokenizer.render(
+        [{"role": "user", "content": text}]), special=False) for text in texts]
+    found[category] = [i for i in ids if len(i) <= longest]
+  return found
+
+
+def batches(rows: int, chats: dict[str, list[list[int]]],
+            lengths: dict[int, list[list[int]]], count: int, repeats: int,
+            most_tokens: int) -> Iterator[tuple[str, str, int, list[Any]]]:
+  """What is begun together: kind, group, number and prompts."""
+  for length, texts in lengths.items():
+    if rows * length <= most_tokens:
+      for number in range(repeats):
+        yield "length", str(length), number, [
+            texts[(number + k * repeats) % len(texts)] for k in range(rows)]
+  for category, texts in chats.items():
+    texts = texts[:count] if rows == 1 else sorted(texts[:count], key=len)
+    for at in range(0, len(texts) - rows + 1, rows):
+      yield "category", category, at // rows, texts[at:at + rows]
+
+
+def load_methods(model: Any, folders: Sequence[str], drafts: Sequence[int],
+                 cache_dtype: str) -> list[Method]:
+  found = []
+  for folder in folders:
+    head = heads_lib.load(folder, model, "exit").heads
+    name = pathlib.Path(folder).name
+    for count in drafts:
+      choices = tuple((0,) * d for d in range(1, count + 1))
+      found.append(Method(
+          f"{name}, {count} draft{'s' * (count > 1)}", name, count,
+          EarlyExit(head, choices, cache_dtype=cache_dtype)))
+  return found
+
+
+def main(argv: list[str]) -> None:
+  """Runs what is not yet there, and writes everything."""
+  del argv
+  from jaxspec.generator import Generator
+  made = Generator.load(FLAGS.model, dtype=FLAGS.dtype)
+  lengths = sorted(map(int, FLAGS.lengths))
+  drafts = list(map(int, FLAGS.drafts))
+  stored = {pathlib.Path(f).name: calibrated(f) for f in FLAGS.heads}
+  if len(stored) < len(FLAGS.heads):
+    raise app.UsageError("folders of --heads need names of their own")
+  methods = load_methods(made.model, FLAGS.heads, drafts,
+                         made.cache_dtype.name)
+  thresholds = {m.name: threshold_of(stored[m.head]) for m in methods}
+  costs = {m.name: Costs.of(made.model, m.drafter.head) for m in methods}
+  prompts = read_prompts(FLAGS.prompts, FLAGS.count)
+  natural = chats(made.tokenizer, prompts, WIDTHS[-1])
+  plenty = [text for texts in prompts.values() for text in texts]
+  most = FLAGS.repeats * max(map(int, FLAGS.batches))
+  swept = {n: chat_ids(made.tokenizer, plenty, n, most) for n in lengths}
+  output = pathlib.Path(FLAGS.output)
+  journal = Journal(output.with_name(output.name + ".partial"), [
+      machine.commit(), FLAGS.model, FLAGS.dtype, FLAGS.heads,
+      [digest(f) for f in FLAGS.heads], FLAGS.drafts, FLAGS.chunk,
+      FLAGS.measure, FLAGS.max_foreign, FLAGS.retries])
+  records = []
+  for rows in map(int, FLAGS.batches):
+    bench = Bench(
+        made.model, methods, rows, capacity=WIDTHS[-1] + 2 * PLACES[-1],
+        chunk=FLAGS.chunk, eos_ids=made.eos_ids, measure=FLAGS.measure,
+        mesh=made.mesh, cache_dtype=made.cache_dtype.name)
+    count = FLAGS.count if rows == 1 else FLAGS.batch_count
+    for temperature in map(float, FLAGS.temperatures):
+      for turn, (kind, group, number, texts) in enumerate(batches(
+          rows, natural, swept, count, FLAGS.repeats, FLAGS.most_tokens)):
+        options = [Options(max_new_tokens=PLACES[-1] + max(drafts),
+                           temperature=temperature, seed=number * rows + row)
+                   for row in range(rows)]
+        name = {"rows": rows, "temperature": temperature, "kind": kind,
+                "group": group, "number": number}
+        with jax.set_mesh(made.mesh):
+          records.append({**name, **journal.get(
+              {**name, "texts": texts}, functools.partial(
+                  measure, bench, texts, options, turn,
+                  retries=FLAGS.retries, max_foreign=FLAGS.max_foreign))})
+        print(progress(records[-1]), flush=True)
+    del bench
+    jax.clear_caches()             # a process cannot hold programs without end
+  summary = summarise(records, thresholds, costs)
+  machine.write(
+      str(output), records, thresholds=thresholds, calibration=stored,
+      costs={name: dataclasses.asdict(c) for name, c in costs.items()},
+      left_out={c: len(prompts[c]) - len(natural[c]) for c in prompts},
+      summary=summary)
+  plot(summary, output.with_suffix(".png"))
+  journal.path.unlink()
+  print(table(summary["lines"]))
+
+
+def threshold_of(stored: dict[str, Any]) -> float:
+  """From which confidence on a first token is shown."""
+  if FLAGS.threshold is not None:
+    return FLAGS.threshold
+  return float(stored.get("show_first", 0.5))
+
+
+def digest(folder: str) -> str:
+  """Of what a head is: another one in the same folder is measured anew."""
+  found = hashlib.sha256()
+  for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
+    found.update(path.read_bytes())
+  return found.hexdigest()[:16]
+
+
+def progress(record: dict[str, Any]) -> str:
+  plain = record["methods"][PLAIN]["settled"]["1"][0]
+  return (f"{record['rows']} x {record['prompt_tokens'][0]:4} tokens, "
+          f"{record['group']} {record['number']}: plain {1e3 * plain:.0f} ms"
+          + "".join(f", {name} {1e3 * m['provisional']:.0f} then "
+                    f"{1e3 * m['settled']['1'][0]:.0f} ms"
+                    for name, m in record["methods"].items()
+                    if "provisional" in m))
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main)
