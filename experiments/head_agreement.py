@@ -374,7 +374,7 @@ def main(argv: list[str]) -> None:
   del argv
   from jaxspec.generator import Generator
   if len({pathlib.Path(f).name for f in FLAGS.heads}) < len(FLAGS.heads):
-    raise app.UsageError("folders of --heads need names of their own")
+    raise app.UsageError("each folder of --heads needs a name of its own")
   made = Generator.load(FLAGS.model, dtype=FLAGS.dtype, rows=FLAGS.rows,
                         capacity=FLAGS.prompt_tokens + FLAGS.new_tokens)
   heads = load_heads(made.model, FLAGS.heads, list(map(int, FLAGS.layers)))

@@ -86,8 +86,8 @@ def define_flags() -> None:
       "most_tokens", 4096, "rows times length, of those; more is left out")
   flags.DEFINE_integer("chunk", 512, "positions of a chunk")
   flags.DEFINE_float(
-      "threshold", None, "confidence from which a first token is shown; what "
-      "was calibrated for the head by default, else 0.5")
+      "threshold", None, "confidence from which on a token is shown; what was "
+      "calibrated for the head by default, else 0.5")
   flags.DEFINE_string("measure", "top", "of confidence, where none is stored")
   flags.DEFINE_integer("retries", 2, "of a sample that was disturbed")
   flags.DEFINE_float(
@@ -96,12 +96,22 @@ def define_flags() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """Early exit with one head and so many drafts."""
+  """Early exit with one head and so many drafts.
+
+  Attributes:
+    measure, coefficients: of confidence.
+    first, later: confidence from which on the first token of an answer, and
+      each of the next ones, is shown.
+  """
 
   name: str
   head: str
   drafts: int
   drafter: EarlyExit
+  measure: str = "top"
+  coefficients: tuple[float, ...] | None = None
+  first: float = 0.5
+  later: float = 0.5
 
 
 @jax.jit
@@ -145,7 +155,7 @@ def _placed(rows: int, start: int, count: int) -> Place:
 
 
 @functools.partial(jax.jit, static_argnames=("measure",))
-def confidences(model, drafter, seen, measure):
+def confidences(model, drafter, seen, coefficients, *, measure):
   """How sure the head was of each draft of a chain, `[R drafts]`.
 
   What a stream knows when it shows them; here apart from what is timed.
@@ -156,9 +166,14 @@ def confidences(model, drafter, seen, measure):
   x = jnp.pad(seen.x, ((0, 0), (0, drafts), (0, 0))).at[
       jnp.arange(rows)[:, None], at].set(seen.proposal.head_start.x[:, 1:])
   x = jnp.take_along_axis(head.attended(x), (at - 1)[..., None], axis=1)
-  logits = head(model, x)
-  return early_exit.confidence(
-      logits.reshape(rows * drafts, -1), measure).reshape(rows, drafts)
+  logits = head(model, x).reshape(rows * drafts, -1)
+  if measure == "learned":
+    place = jnp.broadcast_to(jnp.arange(drafts)[None], (rows, drafts))
+    sure = early_exit.confidence(logits, measure, place.reshape(-1),
+                                 coefficients)
+  else:
+    sure = early_exit.confidence(logits, measure)
+  return sure.reshape(rows, drafts)
 
 
 class Bench:
@@ -166,11 +181,11 @@ class Bench:
 
   def __init__(self, model: Any, methods: Sequence[Method], rows: int, *,
                capacity: int, chunk: int, eos_ids: Sequence[int] = (),
-               measure: str = "top", **settings: Any):
+               **settings: Any):
     """Programs are compiled when they are first run."""
     from jaxspec.generator import Generator
     self.model, self.rows, self.chunk = model, rows, chunk
-    self.eos_ids, self.measure = tuple(eos_ids), measure
+    self.eos_ids = tuple(eos_ids)
     self.methods = {m.name: m for m in methods}
     drafters = {PLAIN: "autoregressive",
                 **{m.name: m.drafter for m in methods}}
@@ -237,8 +252,10 @@ class Bench:
                           np.int32(1), np.bool_(True))
     found["settled"] = {str(k): times for k, times in settled.items()}
     if name != PLAIN:
+      method = self.methods[name]
       found["sure"] = np.asarray(confidences(
-          self.model, made.drafter, seen, self.measure)).astype(float).tolist()
+          self.model, made.drafter, seen, method.coefficients,
+          measure=method.measure)).astype(float).tolist()
       found["guessed"] = np.asarray(seen.proposal.tokens)[:, 1:].tolist()
       found["drafts"] = np.array(state.counters.nodes).tolist()
       found["accepted"] = np.array(
@@ -318,7 +335,9 @@ def measure(bench: Bench, texts: Sequence[Sequence[int]],
   if width is None:
     raise InputError(f"a prompt of {max(map(len, texts))} tokens is longer "
                      f"than {WIDTHS[-1]}; leave it out")
-  whole = (not options[0].temperature and len(set(map(len, texts))) == 1 and len(texts[0]) > bench.chunk
+  # Of several whole chunks, so that chunks can be compared with layers.
+  whole = (not options[0].temperature and len(set(map(len, texts))) == 1
+           and len(texts[0]) > bench.chunk
            and len(texts[0]) % bench.chunk == 0)
   jobs: dict[str, Callable[[], dict[str, Any]]] = {
       PLAIN: lambda: bench.run(PLAIN, texts, width, options)}
@@ -375,8 +394,14 @@ class Asked:
 
   @property
   def sure(self) -> list[float]:
-    """The least confidence as far as each draft: so many are shown."""
+    """The least confidence as far as each draft: it is shown from there on."""
     return np.minimum.accumulate(self.own["sure"][self.row]).tolist()
+
+  def shown(self, first: float, later: float) -> list[bool]:
+    """Which drafts are shown: those with all before them sure enough."""
+    sure = np.array(self.own["sure"][self.row])
+    least = np.where(np.arange(len(sure)) == 0, first, later)
+    return np.logical_and.accumulate(sure >= least).tolist()
 
   @property
   def meant(self) -> list[int]:
@@ -431,7 +456,7 @@ class Costs:
 
 
 def line(records: Sequence[dict[str, Any]], method: str,
-         threshold: float | None, costs: Costs | None) -> dict[str, Any]:
+         shows: Method | None, costs: Costs | None) -> dict[str, Any]:
   """What one method gave on some requests."""
   some = asked(records, method)
   found: dict[str, Any] = {
@@ -452,34 +477,37 @@ def line(records: Sequence[dict[str, Any]], method: str,
   found["settled_as_plain"] = rates.rate(
       sum(x.own["tokens"][x.row][:1] == x.plain["tokens"][x.row][:1]
           for x in some), len(some))
-  if "sure" not in some[0].own:
+  if shows is None:
     return found
-  found |= shown(some, threshold)
+  found |= {"measure": shows.measure,
+            **shown(some, shows.first, shows.later)}
   if costs:
     found["waste"] = wasted(records, method, costs)
   return found
 
 
-def shown(some: Sequence[Asked], threshold: float) -> dict[str, Any]:
-  """What a stream shows at a threshold, when, and for how long in vain."""
-  first = rates.at_threshold([x.sure[0] for x in some],
-                             [x.stood[0] for x in some], threshold)
-  every = [(x, n) for x in some for n in x.meant]
-  tokens = rates.at_threshold([x.sure[n] for x, n in every],
-                              [x.stood[n] for x, n in every], threshold)
-  early = [x.sure[0] >= threshold for x in some]
+def shown(some: Sequence[Asked], first: float, later: float
+          ) -> dict[str, Any]:
+  """What a stream shows, when, and for how long in vain."""
+  on = [x.shown(first, later) for x in some]
+  early = [x[0] for x in on]
+  every = [(there[n], x.stood[n]) for x, there in zip(some, on)
+           for n in x.meant]
+  there = sum(a for a, _ in every)
   in_vain = [x.settled(1) - x.own["provisional"]
-             for x, there in zip(some, early) if there and not x.stood[0]]
-  seen = [x.own["provisional"] if there else x.settled(1)
-          for x, there in zip(some, early)]
-  right = [x.own["provisional"] if there and x.stood[0] else x.settled(1)
-           for x, there in zip(some, early)]
+             for x, now in zip(some, early) if now and not x.stood[0]]
+  seen = [x.own["provisional"] if now else x.settled(1)
+          for x, now in zip(some, early)]
+  right = [x.own["provisional"] if now and x.stood[0] else x.settled(1)
+           for x, now in zip(some, early)]
   plain = [x.settled(1, plain=True) for x in some]
   return {
-      "threshold": threshold, "first_emission": first["emission"],
-      "first_retraction": first["retraction"],
-      "token_emission": tokens["emission"],
-      "token_retraction": tokens["retraction"],
+      "thresholds": {"first": first, "later": later},
+      "first_emission": rates.rate(sum(early), len(some)),
+      "first_retraction": rates.rate(len(in_vain), sum(early)),
+      "token_emission": rates.rate(there, len(every)),
+      "token_retraction": rates.rate(
+          sum(a and not b for a, b in every), there),
       "shown_in_vain_ms": spread(map(_ms, in_vain)),
       "first_shown_ms": spread(map(_ms, seen)),
       "first_shown_earlier": spread(1 - a / b for a, b in zip(seen, plain)),
@@ -547,8 +575,7 @@ def priors(first: Sequence[tuple[str, int]]
 
 
 def compare_with_priors(records: Sequence[dict[str, Any]],
-                        methods: Sequence[str], thresholds: dict[str, float]
-                        ) -> dict[str, Any]:
+                        shows: dict[str, Method]) -> dict[str, Any]:
   """The head beside tables of first tokens, at the same retraction."""
   first = [(r["group"], r["methods"][PLAIN]["tokens"][row][0])
            for r in records for row in range(r["rows"])]
@@ -557,12 +584,12 @@ def compare_with_priors(records: Sequence[dict[str, Any]],
     sources[name] = ([p for _, p in guesses],
                      [g == t for (g, _), (_, t) in zip(guesses, first)])
   risks = {"5 %": 0.05, "10 %": 0.10, "20 %": 0.20}
-  for method in methods:
-    some = asked(records, method)
-    sources[method] = ([x.sure[0] for x in some], [x.stood[0] for x in some])
-    at = rates.at_threshold(*sources[method], thresholds[method])
+  for name, method in shows.items():
+    some = asked(records, name)
+    sources[name] = ([x.sure[0] for x in some], [x.stood[0] for x in some])
+    at = rates.at_threshold(*sources[name], method.first)
     if at["retraction"]["share"] is not None:
-      risks[f"as {method}"] = at["retraction"]["share"]
+      risks[f"as {name}"] = at["retraction"]["share"]
   return {name: {"agreement": rates.rate(sum(right), len(right)),
                  "most_shown": {risk: rates.most_shown(sure, right, value)
                                 for risk, value in risks.items()}}
@@ -577,7 +604,7 @@ def _less(value: float | None) -> float | None:
   return None if value is None else value - 1
 
 
-def summarise(records: Sequence[dict[str, Any]], thresholds: dict[str, float],
+def summarise(records: Sequence[dict[str, Any]], shows: dict[str, Method],
               costs: dict[str, Costs]) -> dict[str, Any]:
   """Lines for every setting, curves, and the control."""
   lines, curves, control = [], [], []
@@ -594,14 +621,14 @@ def summarise(records: Sequence[dict[str, Any]], thresholds: dict[str, float],
       for method in methods:
         if any(method in r["methods"] for r in some):
           lines.append({**setting, "group": group or "all", "method": method,
-                        **line(some, method, thresholds.get(method),
+                        **line(some, method, shows.get(method),
                                costs.get(method))})
     if kind == "category":
-      headed = [m for m in methods if m in thresholds]
+      headed = {m: shows[m] for m in methods if m in shows}
       curves += [{**setting, "method": m, **curve(asked(own, m))}
                  for m in headed]
       control.append({**setting,
-                      "sources": compare_with_priors(own, headed, thresholds)})
+                      "sources": compare_with_priors(own, headed)})
   return {"lines": lines, "curves": curves, "priors": control}
 
 
@@ -724,17 +751,29 @@ def batches(rows: int, chats: dict[str, list[list[int]]],
       yield "category", category, at // rows, texts[at:at + rows]
 
 
-def load_methods(model: Any, folders: Sequence[str], drafts: Sequence[int],
-                 cache_dtype: str) -> list[Method]:
+def load_methods(model: Any, folders: Sequence[str], drafts: Sequence[int], *,
+                 cache_dtype: str, measure: str, threshold: float | None
+                 ) -> list[Method]:
+  """Each head with each number of drafts.
+
+  Args:
+    measure: of confidence, where nothing is stored beside the head.
+    threshold: None for what is stored, or else 0.5.
+  """
   found = []
   for folder in folders:
     head = heads_lib.load(folder, model, "exit").heads
-    name = pathlib.Path(folder).name
+    stored = calibrated(folder)
+    name, weights = pathlib.Path(folder).name, stored.get("coefficients")
+    first, later = (stored.get(key, 0.5) if threshold is None else threshold
+                    for key in ("first", "later"))
     for count in drafts:
       choices = tuple((0,) * d for d in range(1, count + 1))
       found.append(Method(
           f"{name}, {count} draft{'s' * (count > 1)}", name, count,
-          EarlyExit(head, choices, cache_dtype=cache_dtype)))
+          EarlyExit(head, choices, cache_dtype=cache_dtype),
+          stored.get("measure", measure),
+          None if weights is None else tuple(weights), first, later))
   return found
 
 
@@ -747,10 +786,10 @@ def main(argv: list[str]) -> None:
   drafts = list(map(int, FLAGS.drafts))
   stored = {pathlib.Path(f).name: calibrated(f) for f in FLAGS.heads}
   if len(stored) < len(FLAGS.heads):
-    raise app.UsageError("folders of --heads need names of their own")
-  methods = load_methods(made.model, FLAGS.heads, drafts,
-                         made.cache_dtype.name)
-  thresholds = {m.name: threshold_of(stored[m.head]) for m in methods}
+    raise app.UsageError("each folder of --heads needs a name of its own")
+  methods = load_methods(
+      made.model, FLAGS.heads, drafts, cache_dtype=made.cache_dtype.name,
+      measure=FLAGS.measure, threshold=FLAGS.threshold)
   costs = {m.name: Costs.of(made.model, m.drafter.head) for m in methods}
   prompts = read_prompts(FLAGS.prompts, FLAGS.count)
   natural = chats(made.tokenizer, prompts, WIDTHS[-1])
@@ -761,13 +800,14 @@ def main(argv: list[str]) -> None:
   journal = Journal(output.with_name(output.name + ".partial"), [
       machine.commit(), FLAGS.model, FLAGS.dtype, FLAGS.heads,
       [digest(f) for f in FLAGS.heads], FLAGS.drafts, FLAGS.chunk,
-      FLAGS.measure, FLAGS.max_foreign, FLAGS.retries])
+      [[m.measure, m.coefficients] for m in methods], FLAGS.max_foreign,
+      FLAGS.retries])
   records = []
   for rows in map(int, FLAGS.batches):
     bench = Bench(
         made.model, methods, rows, capacity=WIDTHS[-1] + 2 * PLACES[-1],
-        chunk=FLAGS.chunk, eos_ids=made.eos_ids, measure=FLAGS.measure,
-        mesh=made.mesh, cache_dtype=made.cache_dtype.name)
+        chunk=FLAGS.chunk, eos_ids=made.eos_ids, mesh=made.mesh,
+        cache_dtype=made.cache_dtype.name)
     count = FLAGS.count if rows == 1 else FLAGS.batch_count
     for temperature in map(float, FLAGS.temperatures):
       for turn, (kind, group, number, texts) in enumerate(batches(
@@ -785,22 +825,15 @@ def main(argv: list[str]) -> None:
         print(progress(records[-1]), flush=True)
     del bench
     jax.clear_caches()             # a process cannot hold programs without end
-  summary = summarise(records, thresholds, costs)
+  summary = summarise(records, {m.name: m for m in methods}, costs)
   machine.write(
-      str(output), records, thresholds=thresholds, calibration=stored,
+      str(output), records, calibration=stored,
       costs={name: dataclasses.asdict(c) for name, c in costs.items()},
       left_out={c: len(prompts[c]) - len(natural[c]) for c in prompts},
       summary=summary)
   plot(summary, output.with_suffix(".png"))
   journal.path.unlink()
   print(table(summary["lines"]))
-
-
-def threshold_of(stored: dict[str, Any]) -> float:
-  """From which confidence on a first token is shown."""
-  if FLAGS.threshold is not None:
-    return FLAGS.threshold
-  return float(stored.get("show_first", 0.5))
 
 
 def digest(folder: str) -> str:

@@ -136,7 +136,8 @@ def test_what_is_shown_counts_and_what_is_taken_back_does_not():
   assert [x.stood for x in some] == [
       [True, True], [True, False], [False, False], [True, True]]
   assert some[0].sure == [0.9, 0.9] and some[3].sure == [0.2, 0.2]
-  found = ttft.line(records, "x", 0.5, None)
+  shows = Method("x", "x", 2, None, first=0.5, later=0.5)
+  found = ttft.line(records, "x", shows, None)
   def counts(x):
     return x["hits"], x["of"]
   assert counts(found["first_emission"]) == (3, 4)
@@ -154,6 +155,11 @@ def test_what_is_shown_counts_and_what_is_taken_back_does_not():
   assert found["mean_first_right_earlier"] == pytest.approx(
       (0.75 + 0.75 - 0.25 + 0) / 4)
   assert found["first_shown_ms"]["p50"] == 1000
+  # Later ones have a threshold of their own.
+  found = ttft.shown(some, 0.75, 0.92)
+  assert counts(found["first_emission"]) == (2, 4)
+  assert counts(found["token_emission"]) == (3, 8)
+  assert counts(found["token_retraction"]) == (0, 3)
 
 
 def test_waste_is_what_fell_and_the_head():
@@ -205,7 +211,8 @@ def test_the_whole_is_written(records, tmp_path):
   both = [{**r, "group": g, "kind": "category"}
           for r, g in zip((records["knows"][1], records["errs"][1]),
                           ("qa", "rag"))] + records["knows"][:1]
-  summary = ttft.summarise(both, {NAME: 0.5}, {
+  shows = Method(NAME, "x", 3, None)
+  summary = ttft.summarise(both, {NAME: shows}, {
       NAME: Costs(10, 2, 100, 7, 1)})
   lines = {(x["group"], x["method"]): x for x in summary["lines"]}
   assert lines["qa", NAME]["first_agreement"]["share"] == 1
