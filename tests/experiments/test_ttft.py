@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ttft
-from experiments.ttft import PLAIN, Costs, Method
+from experiments import provisional, ttft
+from experiments.provisional import PLAIN, Costs, Method
 from jaxspec import loop
 from jaxspec.drafters import early_exit
 from jaxspec.drafters.early_exit import EarlyExit
@@ -66,8 +66,8 @@ def test_every_time_is_there_and_in_order(records):
 
 
 def test_a_head_that_knows_is_never_taken_back(records):
-  knows = ttft.asked(records["knows"], NAME)
-  errs = ttft.asked(records["errs"], NAME)
+  knows = provisional.asked(records["knows"], NAME)
+  errs = provisional.asked(records["errs"], NAME)
   assert all(all(x.stood) for x in knows) and len(knows) == 4
   assert not any(any(x.stood) for x in errs)
   # Drafts that stand are settled at once.
@@ -75,7 +75,7 @@ def test_a_head_that_knows_is_never_taken_back(records):
   assert all(x.settled(4) > x.settled(1) for x in errs)
   assert records["errs"][0]["methods"][NAME]["accepted"] == [0, 0]
   for name, stood in (("knows", True), ("errs", False)):
-    control = ttft.asked(records[name], "x, chunk-major")
+    control = provisional.asked(records[name], "x, chunk-major")
     assert [x.stood for x in control] == [[stood]] * 2
     assert all(x.own["tokens"][x.row][0] == x.plain["tokens"][x.row][0]
                for x in control)
@@ -132,12 +132,12 @@ def test_what_is_shown_counts_and_what_is_taken_back_does_not():
              fake([1, 2], [0.8, 0.1], [1, 9, 3]),
              fake([5, 2], [0.7, 0.9], [1, 2, 3], first=5.0),
              fake([5, 2], [0.2, 0.9], [5, 2, 3])]
-  some = ttft.asked(records, "x")
+  some = provisional.asked(records, "x")
   assert [x.stood for x in some] == [
       [True, True], [True, False], [False, False], [True, True]]
   assert some[0].sure == [0.9, 0.9] and some[3].sure == [0.2, 0.2]
   shows = Method("x", "x", 2, None, first=0.5, later=0.5)
-  found = ttft.line(records, "x", shows, None)
+  found = provisional.line(records, "x", shows, None)
   def counts(x):
     return x["hits"], x["of"]
   assert counts(found["first_emission"]) == (3, 4)
@@ -156,7 +156,7 @@ def test_what_is_shown_counts_and_what_is_taken_back_does_not():
       (0.75 + 0.75 - 0.25 + 0) / 4)
   assert found["first_shown_ms"]["p50"] == 1000
   # Later ones have a threshold of their own.
-  found = ttft.shown(some, 0.75, 0.92)
+  found = provisional.shown(some, 0.75, 0.92)
   assert counts(found["first_emission"]) == (2, 4)
   assert counts(found["token_emission"]) == (3, 8)
   assert counts(found["token_retraction"]) == (0, 3)
@@ -166,7 +166,7 @@ def test_waste_is_what_fell_and_the_head():
   costs = Costs(layer=10, depth=30, unembed=100, head=7, exit=10)
   assert costs.waste(4, 1) == {"lower": 300, "upper": 3 * 300, "head": 28}
   records = [fake([1], [0.9], [1, 2, 3])]
-  found = ttft.wasted(records, "x", costs)
+  found = provisional.wasted(records, "x", costs)
   assert (found["drafts"], found["accepted"]) == (4, 1)
   assert found["of_plain_decoding"] == pytest.approx(
       (300 + 900 + 28) / (12 * 300 + 3 * 100))
@@ -183,7 +183,7 @@ def test_costs_are_twice_the_weights(small):
 
 def test_tables_are_judged_on_what_they_have_not_seen():
   first = [("a", 1), ("a", 1), ("a", 1), ("b", 2), ("b", 2), ("c", 3)]
-  found = ttft.priors(first)
+  found = provisional.priors(first)
   assert found["unigram"][:4] == [(1, 0.4), (1, 0.4), (1, 0.4), (1, 0.6)]
   assert found["by_category"] == [(1, 1)] * 3 + [(2, 1)] * 2 + [(-1, 0)]
 
@@ -212,7 +212,7 @@ def test_the_whole_is_written(records, tmp_path):
           for r, g in zip((records["knows"][1], records["errs"][1]),
                           ("qa", "rag"))] + records["knows"][:1]
   shows = Method(NAME, "x", 3, None)
-  summary = ttft.summarise(both, {NAME: shows}, {
+  summary = provisional.summarise(both, {NAME: shows}, {
       NAME: Costs(10, 2, 100, 7, 1)})
   lines = {(x["group"], x["method"]): x for x in summary["lines"]}
   assert lines["qa", NAME]["first_agreement"]["share"] == 1
@@ -220,8 +220,8 @@ def test_the_whole_is_written(records, tmp_path):
   assert lines["all", NAME]["requests"] == 4
   sources = summary["priors"][0]["sources"]
   assert set(sources) == {"unigram", "by_category", NAME}
-  assert f"| {NAME} |" in ttft.table(summary["lines"])
-  ttft.plot(summary, tmp_path / "x.png")
+  assert f"| {NAME} |" in provisional.table(summary["lines"])
+  provisional.plot(summary, tmp_path / "x.png")
   assert (tmp_path / "x.png").stat().st_size > 1000
 
 
