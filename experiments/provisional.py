@@ -157,6 +157,8 @@ def line(records: Sequence[dict[str, Any]], method: str,
   found["provisional_ms"] = spread(_ms(x.own["provisional"]) for x in some)
   found["provisional_earlier"] = spread(
       1 - x.own["provisional"] / x.settled(1, plain=True) for x in some)
+  # If layers were all that takes time.
+  found["layers_earlier"] = float(np.mean([1 - x.own["below"] for x in some]))
   found["first_agreement"] = rates.rate(
       sum(x.stood[0] for x in some), len(some))
   found["settled_as_plain"] = rates.rate(
@@ -379,7 +381,7 @@ def plot(summary: dict[str, Any], path: pathlib.Path) -> None:
     axes[1].fill_between(x, [p["retraction"]["low"] for p in points],
                          [p["retraction"]["high"] for p in points],
                          color=color, alpha=0.15)
-  axes[1].set(xlabel="threshold", ylim=(0, 1), title="first tokens")
+  axes[1].set(xlabel="threshold", ylim=(-0.02, 1.02), title="first tokens")
   if curves:
     axes[1].legend(fontsize=6)
   if summary["priors"]:
@@ -394,7 +396,7 @@ def plot(summary: dict[str, Any], path: pathlib.Path) -> None:
       axes[2].bar(at + 0.4 * shift - 0.2, share, 0.4, label=label, yerr=[
           share - [s["low"] for s in some], [s["high"] for s in some] - share])
     axes[2].set_xticks(at, list(sources), rotation=20, fontsize=7)
-    axes[2].set(ylim=(0, 1), title="first tokens: the head and tables")
+    axes[2].set(ylim=(-0.02, 1.02), title="first tokens: the head and tables")
     axes[2].legend(fontsize=7)
   figure.tight_layout()
   figure.savefig(path, dpi=110)

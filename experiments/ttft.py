@@ -238,6 +238,7 @@ class Bench:
     found["settled"] = {str(k): times for k, times in settled.items()}
     if name != PLAIN:
       method = self.methods[name]
+      found["below"] = self.below(method)
       found["sure"] = np.asarray(confidences(
           self.model, made.drafter, seen, method.coefficients,
           measure=method.measure)).astype(float).tolist()
@@ -276,10 +277,16 @@ class Bench:
     shown = time.perf_counter() - start
     first = jax.block_until_ready(
         through_rest(self.model, drafter, prefix, x, fresh))
-    return {"provisional": shown, "settled": {
-        "1": [time.perf_counter() - start] * self.rows},
+    settled = time.perf_counter() - start
+    chunks = tokens.shape[1] // self.chunk
+    return {"provisional": shown, "settled": {"1": [settled] * self.rows},
+            "below": (chunks - 1 + self.below(self.methods[name])) / chunks,
             "guessed": np.asarray(guess)[:, None].tolist(),
             "tokens": np.asarray(first)[:, None].tolist()}
+
+  def below(self, method: Method) -> float:
+    """The share of the layers that lie below the head."""
+    return method.drafter.head.layer / self.model.depth
 
 
 def padded(texts: Sequence[Sequence[int]], width: int

@@ -74,6 +74,10 @@ def test_a_head_that_knows_is_never_taken_back(records):
   assert all(x.settled(4) == x.settled(1) for x in knows)
   assert all(x.settled(4) > x.settled(1) for x in errs)
   assert records["errs"][0]["methods"][NAME]["accepted"] == [0, 0]
+  # One of three layers; and the last of four chunks through it.
+  assert knows[0].own["below"] == pytest.approx(1 / 3)
+  assert records["knows"][0]["methods"]["x, chunk-major"][
+      "below"] == pytest.approx((3 + 1 / 3) / 4)
   for name, stood in (("knows", True), ("errs", False)):
     control = provisional.asked(records[name], "x, chunk-major")
     assert [x.stood for x in control] == [[stood]] * 2
@@ -118,6 +122,7 @@ def fake(guessed, sure, tokens, provisional=1.0, first=4.0, plain=4.0):
   """A record of one request, with times in seconds."""
   own = {"guessed": [guessed], "sure": [sure], "tokens": [tokens],
          "provisional": provisional, "drafted": 1.5, "quiet": True,
+         "below": 1 / 3,
          "drafts": [4], "accepted": [1],
          "settled": {"1": [first], "4": [first + 1], "8": [None]}}
   return {"rows": 1, "temperature": 0.0, "kind": "category", "group": "qa",
