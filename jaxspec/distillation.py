@@ -13,7 +13,7 @@ that was killed goes on from its last checkpoint and ends in the same weights.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -222,28 +222,34 @@ def spots(batch: Batch, recipe: Recipe, key: Array | None = None) -> Spots:
                column + 1 - batch.prompt_length[row], batch.tokens)
 
 
-def judge(head: Any, model: Transformer,
-          seen: Mapping[int, Float[Array, "B T D"]], batch: Batch,
-          recipe: Recipe, at: Spots) -> Marks:
-  """How far a head's laws are from the model's.
+def judge(foretold: Iterable[tuple[int, Float[Array, "M W"]]],
+          tokens: Int[Array, "W"] | None, model: Transformer,
+          top: Float[Array, "B T D"], batch: Batch, recipe: Recipe,
+          at: Spots) -> Marks:
+  """How far what is foretold is from the model's laws.
 
-  Both are compared on the tokens the head can say. Where the text goes on with
-  another there is nothing to learn, and all it says is wrong.
+  Both are compared on the tokens that can be said. Where the text goes on with
+  another there is nothing to learn, and all that is said is wrong.
+
+  Args:
+    foretold: how far ahead of the model, and logits at every spot.
+    tokens: that can be said, ascending; None for all.
+    model, top: whose laws, and its stream on top.
   """
-  rows = (None if head.tokens is None
-          else model.unembedding[head.tokens[...]])
-  sayable, weight = _next_sayable(head, batch.tokens), counted(batch, recipe)
+  rows = None if tokens is None else model.unembedding[tokens]
+  sayable = _next_sayable(tokens, batch.tokens)
+  weight = counted(batch, recipe)
   loss, scale, agreed, asked = jnp.zeros(()), 0.0, [], []
-  for number, (ahead, logits) in enumerate(head.foretell(model, seen, at)):
+  for number, (ahead, logits) in enumerate(foretold):
     column, inside = at.ahead(ahead)
-    law = jax.lax.stop_gradient(model.unembed(
-        seen[model.depth][at.row, column][None], rows)[0])
+    law = jax.lax.stop_gradient(
+        model.unembed(top[at.row, column][None], rows)[0])
     inside &= weight[at.row, column] > 0
     able = inside & sayable[at.row, column]
-    # A spot counts what it counts, however far ahead the head looks from it.
+    # A spot counts what it counts, however far ahead is looked from it.
     w, share = at.weight * able, recipe.ahead**number
-    loss += share * (jnp.sum(_cross_entropy(law, logits) * w)
-                     / jnp.maximum(jnp.sum(w), 1))
+    each = optax.softmax_cross_entropy(logits, jax.nn.softmax(law, axis=-1))
+    loss += share * jnp.sum(each * w) / jnp.maximum(jnp.sum(w), 1)
     scale += share
     nth = at.nth + ahead
     answer = inside & (nth >= 0) & (at.weight > 0)
@@ -253,6 +259,19 @@ def judge(head: Any, model: Transformer,
   return Marks(loss / scale, jnp.stack(agreed), jnp.stack(asked))
 
 
+def judge_head(head: Any, model: Transformer,
+               seen: Mapping[int, Float[Array, "B T D"]], batch: Batch,
+               recipe: Recipe, at: Spots) -> Marks:
+  """How far a head's laws are from those of the model it reads."""
+  return judge(head.foretell(model, seen, at), head_tokens(head), model,
+               seen[model.depth], batch, recipe, at)
+
+
+def head_tokens(head: Any) -> Int[Array, "W"] | None:
+  """What a head can say; None for all."""
+  return None if head.tokens is None else jnp.asarray(head.tokens[...])
+
+
 def _by_place(flags: Bool[Array, "M"], nth: Int[Array, "M"]
               ) -> Float[Array, "places"]:
   """How many are set at each place of an answer."""
@@ -260,20 +279,14 @@ def _by_place(flags: Bool[Array, "M"], nth: Int[Array, "M"]
   return jnp.sum(jnp.where(flags[:, None], here, 0.0), axis=0)
 
 
-def _next_sayable(head: Any, tokens: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-  """Whether a head can say what follows each token."""
-  if head.tokens is None:
+def _next_sayable(ids: Int[Array, "W"] | None, tokens: Int[Array, "B T"]
+                  ) -> Bool[Array, "B T"]:
+  """Whether what follows each token can be said."""
+  if ids is None:
     return jnp.ones(tokens.shape, bool)
-  ids = jnp.asarray(head.tokens[...])
   after = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
   at = jnp.minimum(jnp.searchsorted(ids, after), len(ids) - 1)
   return ids[at] == after
-
-
-def _cross_entropy(laws: Float[Array, "M W"], told: Float[Array, "M W"]
-                   ) -> Float[Array, "M"]:
-  return -jnp.sum(jax.nn.softmax(laws, axis=-1)
-                  * jax.nn.log_softmax(told, axis=-1), axis=-1)
 
 
 # Training.
@@ -289,25 +302,28 @@ def begin(heads: Heads, recipe: Recipe) -> Lesson:
                 jnp.zeros((), jnp.int32))
 
 
+def draw_key(recipe: Recipe, step: Int[Array, ""]) -> Array:
+  """The key of all chance at a step."""
+  return jax.random.fold_in(jax.random.key(recipe.seed), step)
+
+
 @functools.partial(jax.jit, static_argnames=("recipe",),
                    donate_argnames=("lesson",))
 def advance(model: Transformer, heads: Heads, lesson: Lesson, batch: Batch,
             recipe: Recipe) -> tuple[Lesson, dict[str, Marks]]:
   """One step of every head, from one pass of the model."""
   seen = jax.lax.stop_gradient(see(model, heads, batch))
-  rule, weights, moments, marks = _rule(recipe), {}, {}, {}
-  at = spots(batch, recipe, jax.random.fold_in(
-      jax.random.key(recipe.seed), lesson.step))
+  weights, moments, marks = {}, {}, {}
+  at = spots(batch, recipe, draw_key(recipe, lesson.step))
   for name, head in heads.items():
     def loss(w, head=head):
-      found = judge(head.like(model, w), model, seen, batch, recipe,
-                    at)
+      found = judge_head(head.like(model, w), model, seen, batch, recipe, at)
       return found.loss, found
 
     old = lesson.weights[name]
     slope, marks[name] = jax.grad(loss, has_aux=True)(old)
-    change, moments[name] = rule.update(slope, lesson.moments[name], old)
-    weights[name] = optax.apply_updates(old, change)
+    weights[name], moments[name] = learn(
+        old, lesson.moments[name], slope, recipe)
   return Lesson(weights, moments, lesson.step + 1), marks
 
 
@@ -316,7 +332,7 @@ def examine(model: Transformer, heads: Heads, batch: Batch, recipe: Recipe
             ) -> dict[str, Marks]:
   """What heads would be told of a batch, without learning from it."""
   seen, at = see(model, heads, batch), spots(batch, recipe)
-  return {name: judge(head, model, seen, batch, recipe, at)
+  return {name: judge_head(head, model, seen, batch, recipe, at)
           for name, head in heads.items()}
 
 

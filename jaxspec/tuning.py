@@ -21,9 +21,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxspec import adapters, distillation
 from jaxspec.adapters import Adapter
@@ -45,8 +44,6 @@ class Recipe(distillation.Recipe):
   Attributes:
     rate: the highest learning rate of heads.
     model_rate: the same of the model.
-    positions: of a batch that are learnt from at each step, drawn by what
-      they count; 0 for all of them.
     layer_dropout: how often a text passes by the last layer. By others it
       does less often, and never by the first.
     exit_scale: what an exit counts.
@@ -57,7 +54,6 @@ class Recipe(distillation.Recipe):
   """
 
   model_rate: float = 3e-4
-  positions: int = 1024
   layer_dropout: float = 0.1
   exit_scale: float = 0.2
   curriculum: str = "rotational"
@@ -160,59 +156,6 @@ def worth(layers: Mapping[str, int], depth: int, step: Int[Array, ""],
   return {name: value / total for name, value in found.items()}
 
 
-@struct.dataclass
-class _Spots:
-  """Positions of a batch that are learnt from.
-
-  Attributes:
-    flat: where they are, row by row.
-    weight: what each counts.
-    after: the token behind each.
-    nth: its place in the answer; negative in a prompt.
-  """
-
-  flat: Int[Array, "M"]
-  weight: Float[Array, "M"]
-  after: Int[Array, "M"]
-  nth: Int[Array, "M"]
-
-  @classmethod
-  def drawn(cls, batch: Batch, recipe: Recipe, key: Array) -> "_Spots":
-    rows, width = batch.tokens.shape
-    weight = distillation.counted(batch, recipe).reshape(-1)
-    flat, count = jnp.arange(rows * width), recipe.positions
-    if 0 < count < rows * width:
-      # One that counts three times as much is drawn as much more often.
-      score = jnp.log(weight) + jax.random.gumbel(key, weight.shape)
-      score, flat = jax.lax.top_k(score, count)
-      weight = jnp.where(score > -jnp.inf, 1.0, 0.0)
-    # Behind the last of a row there is none, and it counts nothing.
-    after = batch.tokens.reshape(-1)[jnp.minimum(flat + 1, rows * width - 1)]
-    nth = flat % width + 1 - batch.prompt_length[flat // width]
-    return cls(flat, weight, after, nth)
-
-  def pick(self, x: Float[Array, "B T D"]) -> Float[Array, "_ _ D"]:
-    """What stands there; in as many rows as there were, if it can be."""
-    rows, _, width = x.shape
-    found = x.reshape(-1, width)[self.flat]
-    return found.reshape(1 if len(found) % rows else rows, -1, width)
-
-  def judge(self, laws: Float[Array, "R C W"], told: Float[Array, "R C W"],
-            able: Bool[Array, "M"] | bool = True) -> Marks:
-    """How far what is told is from the laws, where it is able to say it."""
-    each = optax.softmax_cross_entropy(
-        told, jax.nn.softmax(laws, axis=-1)).reshape(-1)
-    weight = self.weight * able
-    answer = (self.nth >= 0) & (self.weight > 0)
-    same = (jnp.argmax(told, -1) == jnp.argmax(laws, -1)).reshape(-1)
-    here = jax.nn.one_hot(jnp.clip(self.nth, 0, PLACES - 1), PLACES)
-
-    def by_place(flags):
-      return jnp.sum(jnp.where(flags[:, None], here, 0.0), axis=0)[None]
-    return Marks(jnp.sum(each * weight) / jnp.maximum(jnp.sum(weight), 1),
-                 by_place(same & answer & able), by_place(answer))
-
-
 # Training.
 
 
@@ -232,31 +175,30 @@ def advance(model: Transformer, pupils: Pupils, lesson: Lesson, batch: Batch,
   body = pupils[MODEL]
   heads = {name: p for name, p in pupils.items() if name != MODEL}
   layers = {name: head.layer for name, head in heads.items()}
-  draw, drop = jax.random.split(jax.random.fold_in(
-      jax.random.key(recipe.seed), lesson.step))
-  spots = _Spots.drawn(batch, recipe, draw)
-  laws = jax.lax.stop_gradient(model.unembed(spots.pick(
-      read(model, batch.tokens)[model.depth])))
+  key = distillation.draw_key(recipe, lesson.step)
+  at = distillation.spots(batch, recipe, key)
   depth, runs = body.start.depth, None
+  top = jax.lax.stop_gradient(read(model, batch.tokens)[model.depth])
   if recipe.layer_dropout:
     runs = passing_by(depth, recipe.layer_dropout)[:, None] <= (
-        jax.random.uniform(drop, (depth, len(batch.tokens))))
+        jax.random.uniform(jax.random.fold_in(key, 1),
+                           (depth, len(batch.tokens))))
   counts = worth(layers, depth, lesson.step, recipe)
+
+  def judge(foretold, tokens=None):
+    return distillation.judge(foretold, tokens, model, top, batch, recipe, at)
 
   def loss(weights):
     pupil = body.onto(weights[MODEL])
     seen = read(pupil, batch.tokens, tuple(layers.values()), runs=runs,
                 learns=True)
-    marks = {MODEL: spots.judge(
-        laws, pupil.unembed(spots.pick(seen[depth])))}
+    marks = {MODEL: judge([
+        (0, pupil.unembed(at.of(seen[depth])[None])[0])])}
     for name, head in heads.items():
       def taught(head=head, name=name):
         learner = head.like(pupil, weights[name])
-        told = learner(pupil, spots.pick(learner.attended(seen[head.layer])))
-        if head.tokens is None:
-          return spots.judge(laws, told)
-        ids = head.tokens[...]
-        return spots.judge(laws[..., ids], told, jnp.isin(spots.after, ids))
+        return judge(learner.foretell(pupil, seen, at),
+                     distillation.head_tokens(learner))
 
       def passed():
         return Marks(jnp.zeros(()), *jnp.zeros((2, 1, PLACES)))

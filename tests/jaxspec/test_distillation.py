@@ -197,7 +197,7 @@ def test_the_loss_is_least_for_the_models_own_law(tiny):
       yield 0, laws + self.change * jnp.arange(64.0)[None]
 
   def loss(change):
-    return float(distillation.judge(
+    return float(distillation.judge_head(
         Top(change), tiny, seen, batch, RECIPE,
         distillation.spots(batch, RECIPE)).loss)
   assert loss(0) < loss(1e-2) and loss(0) < loss(-1e-2)
