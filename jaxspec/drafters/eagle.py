@@ -86,8 +86,6 @@ class Eagle(Drafter):
       depth: of a dynamic tree or a chain.
       width: beams of a dynamic tree, and children of each.
     """
-    if not isinstance(heads, str) or not heads:
-      raise InputError("eagle needs heads=FOLDER, a folder with a trained head")
     if tree not in _TREES:
       raise InputError(f"eagle: tree {tree!r} is unknown; there are "
                        f"{', '.join(_TREES)}.{nearest(str(tree), _TREES)}")
@@ -100,7 +98,8 @@ class Eagle(Drafter):
     if tree == "dynamic" and nodes > most:
       raise InputError(f"eagle: depth {depth} and width {width} make {most} "
                        f"nodes, fewer than nodes={nodes}; ask for fewer")
-    head = heads_lib.load(heads, target.model, "eagle").heads
+    folder = heads_lib.find(str(heads), target.model, "eagle")
+    head = heads_lib.load(folder, target.model, "eagle").heads
     assert isinstance(head, EagleHead)
     choices = {"dynamic": None,
                "static": tuple(tuple(map(int, w)) for w in _STATIC.split()),

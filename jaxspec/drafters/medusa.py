@@ -63,20 +63,19 @@ class Medusa(Drafter):
     """For the target, from a folder.
 
     Args:
-      heads: the folder.
+      heads: the folder, or the name of heads that are shipped for the model;
+        nothing for the first of these.
       tree: one of `TREES`; `best` for the one that suits the accuracy stored
         with the heads; nothing for the tree stored with them, or else `best`
         if their accuracy is known, or else the first of `TREES` as deep as
         there are heads.
       nodes: how many at most, root included; 0 for all, or 64 of `best`.
     """
-    if not isinstance(heads, str) or not heads:
-      raise InputError(f"{cls.kind} needs heads=FOLDER, a folder of trained "
-                       "heads")
     if type(nodes) is not int or nodes and not 2 <= nodes <= 1025:
       raise InputError(f"{cls.kind}: nodes must be 0 or an integer in "
                        f"[2, 1025], got {nodes!r}")
-    stored = heads_lib.load(heads, target.model, cls.kind)
+    folder = heads_lib.find(str(heads), target.model, cls.kind)
+    stored = heads_lib.load(folder, target.model, cls.kind)
     choices = _choose(cls.kind, str(tree), stored, stored.heads.count, nodes)
     ranks = max(max(choice) for choice in choices) + 1
     words = (target.model.vocab if stored.heads.tokens is None

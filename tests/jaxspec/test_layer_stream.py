@@ -339,7 +339,7 @@ def test_a_generator_of_a_folder(tiny_model):
 
 @pytest.mark.parametrize("settings, words", [
     (dict(drafter="early_exit:layer=2"), "is for drafter layer_stream"),
-    (dict(drafter="layer_stream"), "layer_stream needs heads=FOLDER"),
+    (dict(drafter="layer_stream"), "kind exit are shipped for this model"),
     (dict(drafter="layer_stream:layer=9"), r"integer in \[1, 3\], got 9"),
     (dict(drafter="layer_stream:layer=1,guess=x"), "guess must be True or"),
     (dict(drafter="layer_stream:layer=1,layers=[2;2]"), "has 2 layers; use"),

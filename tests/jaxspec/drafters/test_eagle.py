@@ -322,5 +322,5 @@ def test_settings_reach_the_drafter(small, tmp_path):
   assert (given.size, given.height, len(given.priors)) == (26, 5, 4)
   row = parse("tree=chain,depth=4")
   assert (row.size, row.height, len(row.priors)) == (5, 4, 1)
-  with pytest.raises(InputError, match="needs heads=FOLDER"):
+  with pytest.raises(InputError, match="pass heads=FOLDER"):
     drafters.parse("eagle", drafters.Target(small))

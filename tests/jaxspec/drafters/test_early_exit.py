@@ -309,8 +309,9 @@ def test_drafts_are_samples_with_the_models_noise(tiny, tokens):
 
 
 @pytest.mark.parametrize("options, words", [
-    ("", "needs heads=FOLDER"),
-    ("layer=2,heads=[x]", "needs heads=FOLDER"),
+    ("", "kind exit are shipped for this model; pass heads=FOLDER"),
+    ("layer=2,heads=[x]", "and not both"),
+    ("heads=[x]", "x is no folder"),
     ("layer=4", r"layer must be an integer in \[1, 3\], got 4"),
     ("layer=2,length=0", r"length must be an integer in \[1, 64\], got 0"),
     ("layer=2,show=3", r"show must be a number in \[0, 2\], got 3"),

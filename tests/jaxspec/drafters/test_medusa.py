@@ -153,7 +153,7 @@ def test_which_tree_is_taken(small, tmp_path):
       parse(options)
   with pytest.raises(InputError, match="65 choices beside each other"):
     parse("", choices=[(64,)])
-  with pytest.raises(InputError, match="needs heads=FOLDER"):
+  with pytest.raises(InputError, match="pass heads=FOLDER"):
     drafters.parse("medusa", drafters.Target(small))
   with pytest.raises(InputError, match="told what it drafts for"):
     drafters.parse("medusa:heads=x")
