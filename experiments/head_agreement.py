@@ -63,7 +63,8 @@ def define_flags() -> None:
   flags.DEFINE_integer("prompt_tokens", 1024, "a longer prompt is left out")
   flags.DEFINE_integer("new_tokens", 64, "of an answer at most")
   flags.DEFINE_integer("rows", 8, "answers made side by side")
-  flags.DEFINE_string("measure", "top", "of confidence")
+  flags.DEFINE_enum("measure", "top", ["top", "margin", "entropy"],
+                    "of confidence")
 
 
 def answer(generator: Any, prompts: dict[str, list[list[int]]],

@@ -93,7 +93,8 @@ def define_flags() -> None:
   flags.DEFINE_float(
       "threshold", None, "confidence from which on a token is shown; what was "
       "calibrated for the head by default, else 0.5")
-  flags.DEFINE_string("measure", "top", "of confidence, where none is stored")
+  flags.DEFINE_enum("measure", "top", ["top", "margin", "entropy"],
+                    "of confidence, where none is stored")
   flags.DEFINE_integer("retries", 2, "of a sample that was disturbed")
   flags.DEFINE_float(
       "max_foreign", 0.2, "cores that others may keep busy during a sample")
