@@ -11,7 +11,8 @@ learnt from as they are: worked answers, prose and sources. It is all made from
 what any machine can install. None of it is of Spec-Bench, on which heads are
 judged.
 
-Writes `prompts.jsonl` and `texts.jsonl`, for `jaxspec train_heads --data=`.
+Writes `prompts.jsonl` and `texts.jsonl`, for `jaxspec train_heads --data=`, and
+`held_out.jsonl`, other prompts of the same kinds, for `jaxspec calibrate`.
 """
 
 import ast
@@ -63,6 +64,7 @@ def define_flags() -> None:
   flags.DEFINE_string("german", GERMAN, "a folder of German fortunes")
   flags.DEFINE_integer("prompts", 1100, "to be answered")
   flags.DEFINE_integer("worked", 2000, "questions with their answers")
+  flags.DEFINE_integer("held_out", 500, "prompts that are not learnt from")
   flags.DEFINE_integer("prose_texts", 250, "texts of prose")
   flags.DEFINE_integer("code_texts", 350, "texts of code")
   flags.DEFINE_integer("seed", 0, "of what is drawn")
@@ -153,15 +155,21 @@ def main(argv: list[str]) -> None:
   short, long = passages(prose, 500), passages(prose, 900)
   everyday = [request.format(topic) for request in REQUESTS for topic in TOPICS]
   rng.shuffle(everyday)
+  questions = [question for question, _ in problems]
+  german = [f"Translate German to English: {text}" for text in german]
+  code = [f"Write a Python function {head}. {doc}" for head, doc in code]
   prompts = (
-      [question for question, _ in problems[:2 * share]]
+      questions[:2 * share] + german[:share] + code[:share]
       + [f"Summarize: {text}" for text in long[:share]]
       + [f"{text}\n\nWhat is this about, and what should one know about it?"
-         for text in short[:share // 2]]
-      + [f"Translate German to English: {text}" for text in german[:share]]
-      + [f"Write a Python function {head}. {doc}"
-         for head, doc in code[:share]])
-  prompts += everyday[:FLAGS.prompts - len(prompts)]
+         for text in short[:share // 2]])
+  rest = FLAGS.prompts - len(prompts)
+  prompts += everyday[:rest]
+  # Of the same kinds, but for prose, all of which is learnt from.
+  fifth = FLAGS.held_out // 5
+  held_out = (
+      questions[2 * share + FLAGS.worked:][:2 * fifth] + german[share:][:fifth]
+      + code[share:][:fifth] + everyday[rest:][:fifth])
   texts = [{"messages": [{"role": "user", "content": question},
                          {"role": "assistant", "content": answer}]}
            for question, answer in problems[2 * share:][:FLAGS.worked]]
@@ -177,7 +185,8 @@ def main(argv: list[str]) -> None:
   output = pathlib.Path(FLAGS.output)
   output.mkdir(parents=True, exist_ok=True)
   for name, items in (("prompts", [{"prompt": p} for p in prompts]),
-                      ("texts", texts)):
+                      ("texts", texts),
+                      ("held_out", [{"prompt": p} for p in held_out])):
     (output / f"{name}.jsonl").write_text("".join(
         json.dumps(item, ensure_ascii=False) + "\n" for item in items),
         encoding="utf-8")

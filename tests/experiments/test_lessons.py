@@ -41,7 +41,7 @@ def test_all_kinds_are_there(folders, tmp_path):
   with flagsaver.flagsaver(
       questions=str(questions), output=str(tmp_path / "out"),
       prose=[str(prose)], german=str(german), prompts=40, worked=20,
-      prose_texts=3, code_texts=4):
+      prose_texts=3, code_texts=4, held_out=20):
     lessons.main(["lessons"])
     first = (tmp_path / "out/prompts.jsonl").read_text()
     lessons.main(["lessons"])
@@ -60,6 +60,9 @@ def test_all_kinds_are_there(folders, tmp_path):
   assert not any("<<" in t[-1]["content"] for t in whole)
   asked = {t[0]["content"] for t in whole}
   assert not asked & set(prompts)              # a question is used once
+  kept = {p[0]["content"]
+          for p in corpus.read(tmp_path / "out/held_out.jsonl")}
+  assert len(kept) >= 15 and not kept & (asked | set(prompts))
   plain = [t for t in texts if isinstance(t, str)]
   assert len(plain) == 7
   assert not any("Rien" in t or "<b>" in t or "&amp;" in t for t in prompts
