@@ -64,8 +64,8 @@ def test_what_it_writes_drafts(whole, tiny_model):
   wanted = plain.generate(["what is 3?"], options)[0].token_ids
   for drafter in (f"early_exit:heads=[{whole / 'exit_2'}],length=2",
                   f"medusa:heads=[{whole / 'medusa'}],nodes=8",
-                  f"hydra:heads=[{whole / 'hydra'}]",
-                  f"eagle:heads=[{whole / 'eagle'}],tree=chain,depth=3"):
+                  f"hydra:heads=[{whole / 'hydra'}],nodes=8",
+                  f"eagle:heads=[{whole / 'eagle'}],tree=chain,depth=2"):
     generator = Generator.load(str(tiny_model), dtype="float32", capacity=64,
                                drafter=drafter)
     (found,) = generator.generate(["what is 3?"], options)
