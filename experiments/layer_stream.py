@@ -363,8 +363,8 @@ def plot(runs: Sequence[dict[str, Any]], models: Sequence[Sizes],
   axis, bars = axes[0, 0], 1 + len(heads)
   for number, head in enumerate([None, *heads]):
     own = {r["stages"]: r for r in some
-           if r["guess"] == (head is not None) and r["head"] in (
-               head or heads[0],)}
+           if r["guess"] == (head is not None)
+           and r["head"] == (head or heads[0])}
     at = np.arange(len(counts)) + 0.8 * number / bars - 0.4
     made = axis.bar(at, [own[c]["ticks_per_token"] if c in own else 0
                          for c in counts], 0.8 / bars, align="edge",
@@ -375,7 +375,8 @@ def plot(runs: Sequence[dict[str, Any]], models: Sequence[Sizes],
   axis.set_xticks(np.arange(len(counts)), [f"{c} stages" for c in counts])
   axis.set_title("counted; above the bars, work drained", fontsize=9)
   axis.set_ylabel("ticks a token")
-  axis.legend(fontsize=6)
+  axis.set_ylim(top=1.3 * max(r["ticks_per_token"] for r in some))
+  axis.legend(fontsize=6, loc="upper left")
   hops = np.geomspace(1e-7, 1e-3, 60)
   best = {c: max((r for r in some if r["guess"] and r["stages"] == c),
                  key=lambda r: r["hits_per_token"]) for c in counts}

@@ -154,7 +154,8 @@ def define_generator_flags(values: flags.FlagValues) -> None:
     "drafter",
     "autoregressive",
     "a file of jaxspec/drafters, with its settings if any: "
-    "prompt_lookup:length=8,max_ngram=3",
+    "prompt_lookup:length=8,max_ngram=3; or, with --mesh=stage=N, "
+    "layer_stream:heads=FOLDER",
     flag_values=values,
   )
   flags.DEFINE_string(
