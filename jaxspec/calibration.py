@@ -187,17 +187,17 @@ def calibrate(seen: Sequence[Seen], *, measure: str = "top",
   if measure == "learned":
     coefficients = fit(guide)
 
-  def sure(text):
-    return text.confidence(measure, coefficients)
+  known = [[(text.confidence(measure, coefficients), text.right)
+            for text in half] for half in (guide, test)]
 
-  def find(view: Callable[..., _Shown], p_value: Callable[..., float]
+  def find(view: Callable[..., _Shown], p_value: Callable[..., Any]
            ) -> tuple[float, list[Row]]:
-    halves = [[view(sure(text), text.right) for text in half]
-              for half in (guide, test)]
-    hints = [p_value(_rates(halves[0], t), risk) for t in THRESHOLDS]
-    rows = [_row(halves[1], t, p_value, risk) for t in THRESHOLDS]
+    guided, tested = ([view(*text) for text in half] for half in known)
+    begin = int(np.argmin(p_value(_rates(guided), risk)))
+    rates = _rates(tested)
+    rows = _rows(tested, rates, p_value(rates, risk))
     chosen = NEVER
-    for row in rows[int(np.argmin(hints)):]:
+    for row in rows[begin:]:
       if row.p > 1 - confidence:
         break
       chosen = row.threshold
@@ -249,27 +249,43 @@ def _chains(sure, right, length: int) -> _Shown:
                 len(right) - 1)
 
 
-def _rates(texts: Sequence[_Shown], threshold: float) -> Float[np.ndarray, "n"]:
-  """The share taken back, of each text of which something is shown."""
-  found = []
-  for text in texts:
-    here = text.confidence >= threshold
-    falls = float(np.sum(text.falls[here]))
-    shown = falls + float(np.sum(text.stands[here]))
-    if shown:
-      found.append(falls / shown)
-  return np.array(found)
+def _total(texts: Sequence[_Shown], values: Sequence[Any]
+           ) -> Float[np.ndarray, "texts G"]:
+  """Of each text the sum of the values that are shown from each threshold on.
+
+  Args:
+    values: of each text, one for each confidence.
+  """
+  sure = np.concatenate([text.confidence for text in texts])
+  whose = np.repeat(np.arange(len(texts)), [len(v) for v in values])
+  grid = len(THRESHOLDS)
+  since = np.searchsorted(-np.array(THRESHOLDS), -np.maximum(sure, 0.0))
+  found = np.bincount(whose * grid + since, np.concatenate(values),
+                      minlength=len(texts) * grid)
+  return np.cumsum(found.reshape(len(texts), grid), axis=1)
 
 
-def _row(texts: Sequence[_Shown], threshold: float, p_value, risk: float
-         ) -> Row:
-  rates = _rates(texts, threshold)
-  count = sum(int(np.sum(text.confidence >= threshold)) for text in texts)
-  places = sum(text.places for text in texts)
-  low, high = interval(rates)
-  return Row(threshold, count / max(places, 1), len(rates),
-             float(np.mean(rates)) if len(rates) else 0.0, low, high,
-             p_value(rates, risk))
+def _rates(texts: Sequence[_Shown]) -> Float[np.ndarray, "texts G"]:
+  """The share of what is shown that is taken back, for each threshold; NaN
+  for texts of which nothing is shown."""
+  falls = _total(texts, [text.falls for text in texts])
+  shown = falls + _total(texts, [text.stands for text in texts])
+  return np.where(shown > 0, falls / np.maximum(shown, 1), np.nan)
+
+
+def _rows(texts: Sequence[_Shown], rates: Float[np.ndarray, "texts G"],
+          p: Float[np.ndarray, "G"]) -> list[Row]:
+  places = max(sum(text.places for text in texts), 1)
+  counts = np.sum(_total(texts, [np.ones(len(text.falls)) for text in texts]),
+                  axis=0)
+  rows = []
+  for at, threshold in enumerate(THRESHOLDS):
+    some = rates[:, at][~np.isnan(rates[:, at])]
+    low, high = interval(some)
+    rows.append(Row(
+        threshold, float(counts[at]) / places, len(some),
+        float(np.mean(some)) if len(some) else 0.0, low, high, float(p[at])))
+  return rows
 
 
 def fit(seen: Sequence[Seen]) -> tuple[float, ...]:
@@ -293,30 +309,39 @@ def fit(seen: Sequence[Seen]) -> tuple[float, ...]:
 # Statistics.
 
 
-def binomial_p(rates: Float[np.ndarray, "n"], risk: float) -> float:
+def binomial_p(rates: Float[np.ndarray, "n G"], risk: float
+               ) -> Float[np.ndarray, "G"]:
   """How likely so few ones are, of samples that are 0 or 1, if more than
-  `risk` of all are 1."""
-  return binomial_tail(round(float(np.sum(rates))), len(rates), risk)
+  `risk` of all are 1; NaN is no sample."""
+  ones, counts = np.nansum(rates, axis=0), np.sum(~np.isnan(rates), axis=0)
+  return np.array([binomial_tail(round(float(k)), int(n), risk)
+                   for k, n in zip(ones, counts)])
 
 
-def betting_p(rates: Float[np.ndarray, "n"], risk: float) -> float:
+def betting_p(rates: Float[np.ndarray, "n G"], risk: float
+              ) -> Float[np.ndarray, "G"]:
   """The same of samples in [0, 1] and their mean.
 
   A gambler who bets on less than `risk` in every sample, having seen those
-  before it, gets rich with no more than this probability if that is wrong
+  before it, gets so rich with no more than this probability if that is wrong
   (arXiv:2010.09686; Ville's inequality).
   """
-  wealth = best = 0.0                      # logarithms
-  mean, spread = risk / 2, risk / 4        # what is guessed at first
-  for n, rate in enumerate(rates, 1):
+  wealth = np.zeros(rates.shape[1])        # its logarithm
+  best, count = wealth, np.ones_like(wealth)
+  # What is guessed at first.
+  mean, spread = np.full_like(wealth, risk / 2), np.full_like(wealth, risk / 4)
+  for sample in rates:
+    here = ~np.isnan(sample)
+    rate = np.where(here, sample, 0.0)
     # No stake that a sample of 1 would ruin.
-    edge = max(risk - mean, 0.0)
-    stake = min(edge / (spread + edge * edge), 0.9 / (1 - risk))
-    wealth += math.log1p(stake * (risk - rate))
-    best = max(best, wealth)
-    mean += (rate - mean) / (n + 1)
-    spread += ((rate - mean) ** 2 - spread) / (n + 1)
-  return math.exp(-best)
+    edge = np.maximum(risk - mean, 0.0)
+    stake = np.minimum(edge / (spread + edge**2 + 1e-12), 0.9 / (1 - risk))
+    wealth = wealth + np.where(here, np.log1p(stake * (risk - rate)), 0.0)
+    best = np.maximum(best, wealth)
+    count = count + here
+    mean = mean + np.where(here, (rate - mean) / count, 0.0)
+    spread = spread + np.where(here, ((rate - mean)**2 - spread) / count, 0.0)
+  return np.exp(-best)
 
 
 def interval(rates: Float[np.ndarray, "n"], level: float = 0.95
@@ -332,8 +357,9 @@ def interval(rates: Float[np.ndarray, "n"], level: float = 0.95
   mean = float(np.mean(rates))
   if count > 1 and 0 < mean < 1:
     varies = float(np.var(rates, ddof=1)) / count
-    if varies and not np.all((rates == 0) | (rates == 1)):
-      count = mean * (1 - mean) / varies
+    if not np.all((rates == 0) | (rates == 1)):
+      # (Where all are alike there is no end to it.)
+      count = mean * (1 - mean) / max(varies, mean * (1 - mean) / count / 100)
   hits, alpha = mean * count, (1 - level) / 2
   low = high = 0.0
   if hits > 0:
@@ -374,7 +400,7 @@ def beta_share(a: float, b: float, x: float) -> float:
       d = 1 / _away(1 + term * d, tiny)
       c = _away(1 + term / c, tiny)
       value *= c * d
-    if abs(c * d - 1) < 1e-15:
+    if abs(c * d - 1) < 1e-14:
       break
   return front * value
 
@@ -386,7 +412,7 @@ def _away(x: float, tiny: float) -> float:
 def _bisect(reached: Callable[[float], bool]) -> float:
   """Where in [0, 1] a monotone test begins to hold."""
   low, high = 0.0, 1.0
-  for _ in range(60):
+  for _ in range(40):
     middle = (low + high) / 2
     low, high = (low, middle) if reached(middle) else (middle, high)
   return high

@@ -334,6 +334,27 @@ def test_a_stream_settles_into_the_text(plain, drafted):
   assert right and wrong
 
 
+def test_what_is_provisional_is_counted_and_can_be_held(plain, drafted):
+  """Prompt lookup shows its drafts; whoever waits sees settled text alone."""
+  prompts, options = requests(6, seed=2)
+  options = [Options(max_new_tokens=30, seed=i) for i in range(6)]
+  shown = retracted = 0
+  for prompt, option, whole in zip(prompts, options,
+                                   plain.generate(prompts, options)):
+    events = list(drafted.stream(prompt, option))
+    stats = events[-1].completion.stats
+    stats.reconcile()
+    assert (stats.shown > 0) == any(not e.settled for e in events)
+    assert (stats.retracted > 0) == (stats.retracted_seconds > 0)
+    shown, retracted = shown + stats.shown, retracted + stats.retracted
+    held = list(drafted.stream(prompt, option, hold_until_settled=True))
+    assert all(e.settled and e.replaces == 0 for e in held)
+    assert "".join(e.text for e in held) == whole.text
+    same([held[-1].completion], [whole])
+    assert held[-1].completion.stats.shown == 0
+  assert shown > retracted > 0
+
+
 def test_logprobs_are_those_of_a_plain_pass(small, drafted):
   prompts, options = requests(8, seed=3)
   options = [dataclasses.replace(o, logprobs=True, stop=()) for o in options]
