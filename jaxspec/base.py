@@ -371,6 +371,7 @@ class Drafter(Protocol):
 # (proposal, warped logits, sampling, positions of the tokens to draw). It is
 # hashable and comparable. What it may say of itself: `honest`, it wants to know
 # `Proposal.probs`, and `needs_probs`, it cannot do without; `lossy`, the text
-# is not distributed as the model's own; `label`, its name in statistics.
+# is not distributed as the model's own; `final`, no draft that is live and
+# leads is ever taken back; `label`, its name in statistics.
 Verifier = Callable[[Proposal, Laws], Verdict]
 

@@ -31,8 +31,8 @@ def signs(logits: Float[Array, "*rows V"]) -> Float[Array, "*rows 3"]:
   top = jnp.max(p, axis=-1)
   next_ = jnp.max(jnp.where(at == best, 0.0, p), axis=-1)
   entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
-  return jnp.stack([top, top - next_, 1 - entropy / np.log(logits.shape[-1])],
-                   axis=-1)
+  most = np.log(max(logits.shape[-1], 2))
+  return jnp.stack([top, top - next_, 1 - entropy / most], axis=-1)
 
 
 def features(found: Any, place: Any) -> list[Any]:

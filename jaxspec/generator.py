@@ -143,6 +143,10 @@ class Generator:
       raise InputError("first_tokens was learnt for a vocabulary of "
                        f"{first_tokens.vocab} tokens and the model has "
                        f"{model.vocab}; learn it from answers of this model")
+    if first_tokens and getattr(self.verifier, "final", False):
+      raise InputError("first_tokens are guessed and may be taken back, which "
+                       f"verifier {_name(self.verifier)} never does; use one "
+                       "of them without the other")
     self.first_tokens = first_tokens
     if (getattr(self.verifier, "needs_probs", False) and self.drafter.height
         and not self.drafter.honest):

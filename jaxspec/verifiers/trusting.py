@@ -24,8 +24,13 @@ from jaxspec.verifiers.exact import deepest, ending
 
 @dataclasses.dataclass(frozen=True)
 class Trusting:
-  """Takes all live first children."""
+  """Takes all live first children.
 
+  Attributes:
+    final: nothing that was drafted and shown is taken back.
+  """
+
+  final: ClassVar[bool] = True
   honest: ClassVar[bool] = False
   lossy: ClassVar[bool] = True
   label: ClassVar[str] = "trusting(lossy)"

@@ -10,6 +10,7 @@ is what it drafts.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -135,7 +136,7 @@ def test_what_is_learned_is_the_chance_of_being_right():
     some.append(dataclasses.replace(text, right=rng.random(40) < p))
   learned = calibration.fit(some)
   told = np.concatenate([t.confidence("learned", learned) for t in some])
-  true = np.concatenate([t.confidence("learned", weights) for t in some])
+  true = np.concatenate([t.confidence("learned", tuple(weights)) for t in some])
   assert np.abs(told - true).mean() < .02
   found = calibration.calibrate(some, measure="learned", risk=.2)
   assert len(found.calibration.coefficients) == 5
@@ -170,10 +171,11 @@ def test_a_head_says_here_what_it_drafts(tiny):
   head = ExitHead.init(tiny, layer=3, attention=True, tokens=range(0, 64, 2))
   prompts = batches.prompts(3)
   drafter = EarlyExit(head, ((0,),))
+  look = jax.jit(drafter.look)
   state = batches.begin(tiny, drafter, prompts, GREEDY)
   wanted = []
   while not bool(state.done.all()):
-    walk = drafter.look(tiny, state.seq, state.request, state.draft)
+    walk = look(tiny, state.seq, state.request, state.draft)
     before = np.asarray(state.seq.length)
     state = batches.finish(tiny, drafter, state, steps=1)
     said = np.asarray(state.seq.tokens)

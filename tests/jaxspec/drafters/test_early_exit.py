@@ -159,7 +159,7 @@ def test_each_draft_has_its_confidence(tiny):
   wanted = np.zeros((8, 7))
   for parent, eldest in ((0, 1), (1, 3), (2, 5), (3, 6)):
     wanted[:, eldest] = confidence(logits[:, parent], "top")
-  np.testing.assert_allclose(found.confidence, wanted, rtol=1e-5)
+  np.testing.assert_allclose(found.confidence, wanted, rtol=1e-4)
   path = wanted[:, [1, 3, 6]]
   show = float(np.median(path))
   _, proposal, _ = walk(EarlyExit(head, BUSHY, show=show), state)
@@ -185,47 +185,47 @@ def test_the_first_token_has_a_threshold_of_its_own():
 
 def test_drafts_made_in_parts_are_the_same(tiny):
   """Replayed, a stream is `decode`; each emission is more than the last."""
-  head = ExitHead(tiny, random_source(4), layer=3, mlp=8, attention=True)
-  prompts = batches.prompts(3)
-  for drafter, options in ((EarlyExit(head, BUSHY, stop=0.02), GREEDY),
-                           (EarlyExit(ExitHead.init(tiny, layer=3), CHAIN,
-                                      stop=0.3, show=0.5), SAMPLED)):
+  head = ExitHead.init(tiny, layer=3, attention=True)
+  prompts, wrong, right = batches.prompts(3), 0, 0
+  for drafter, options in ((EarlyExit(head, BUSHY), GREEDY),
+                           (EarlyExit(head, CHAIN, stop=0.1, show=0.2),
+                            SAMPLED)):
     whole = batches.run(tiny, drafter, prompts, options)
     state = batches.begin(tiny, drafter, prompts, options)
-    texts, counts, wrong, right = batches.texts_of(state), None, 0, 0
+    texts, told = batches.texts_of(state), batches.texts_of(whole)
+    before = [0] * 3
     for emission, after in loop.stream(tiny, drafter, exact, state):
       state = after
       start, count = emission.start.tolist(), emission.count.tolist()
       tokens = np.asarray(emission.tokens)
-      if emission.settled:
-        counts = None
-        for row, text in enumerate(texts):
-          text += tokens[row, :count[row]].tolist()
-        continue
-      assert start == [len(text) for text in texts] or state.done.any()
-      assert sum(count) > sum(counts or [0])
-      assert all(a >= b for a, b in zip(count, counts or [0] * 3))
-      counts = count
-      told = batches.texts_of(whole)
+      assert start == [len(text) for text in texts]
       for row, n in enumerate(count):
-        same = tokens[row, :n].tolist() == told[row][start[row]:][:n]
-        right += n > 0 and same
-        wrong += not same
-    assert texts == batches.texts_of(state) == batches.texts_of(whole)
-    assert right > 3 and wrong > 3
+        new = tokens[row, :n].tolist()
+        if emission.settled:
+          texts[row] += new
+        else:
+          assert n >= before[row]
+          same = new == told[row][start[row]:][:n]
+          right, wrong = right + (same and n > 0), wrong + (not same)
+      if not emission.settled:
+        assert sum(count) > sum(before)
+      before = [0] * 3 if emission.settled else count
+    assert texts == batches.texts_of(state) == told
     assert cycles.leaves_equal(state.counters, whole.counters)
     batches.check_cache(tiny, state)
+  assert right > 3 and wrong > 3
 
 
 def test_a_stream_compiles_once(tiny):
-  drafter = EarlyExit(ExitHead.init(tiny, layer=3), CHAIN, stop=0.3, show=0.5)
+  drafter = EarlyExit(ExitHead.init(tiny, layer=3), CHAIN, show=0.5)
+  some, other = (batches.begin(tiny, drafter, batches.prompts(3), options)
+                 for options in (GREEDY, SAMPLED))
 
-  def run(drafter, options):
-    state = batches.begin(tiny, drafter, batches.prompts(3), options)
+  def run(drafter, state):
     return sum(1 for _ in loop.stream(tiny, drafter, exact, state))
-  run(drafter.replace(show=0.1), GREEDY)
+  assert run(drafter.replace(show=0.0), some) > 10
   with count_compiles() as compiles:
-    run(drafter, SAMPLED)
+    run(drafter, other)
   assert compiles.count == 0
 
 

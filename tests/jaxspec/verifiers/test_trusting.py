@@ -18,6 +18,8 @@ from jaxspec import loop, verifiers
 from jaxspec.base import Proposal
 from jaxspec.drafters.autoregressive import Autoregressive
 from jaxspec.drafters.early_exit import EarlyExit
+from jaxspec.errors import InputError
+from jaxspec.first_tokens import FirstTokens
 from jaxspec.generator import Generator
 from jaxspec.heads import ExitHead
 from jaxspec.tree import GrownTree, chain
@@ -130,6 +132,15 @@ def test_it_says_that_it_is_lossy(tiny):
   (found,) = made.generate([[5, 9, 2]], GREEDY)
   found.stats.reconcile()
   assert "verify=trusting(lossy)" in found.stats.line("")
+
+
+def test_guesses_of_first_tokens_are_refused(tiny):
+  """They are no drafts, and would be taken back."""
+  with pytest.raises(InputError, match="one of them without the other"):
+    Generator(tiny, verifier="trusting", capacity=64,
+              first_tokens=FirstTokens(64, None, {}))
+  with pytest.raises(InputError, match="vocabulary of 9 tokens"):
+    Generator(tiny, capacity=64, first_tokens=FirstTokens(9, None, {}))
 
 
 def test_a_chain_is_kept_whole():
