@@ -345,7 +345,8 @@ def _body(
   if settings.recipe == "heads":
     return None
   if settings.recipe == "draft_model":
-    layers = settings.draft_layers or max(model.depth // 5, 1)
+    layers = settings.draft_layers
+    layers = max(model.depth // 5, 1) if layers is None else layers
     naming.whole("train_heads", "draft_layers", layers, 1, model.depth - 1)
     return tuning.Whole(draft_model.select(model, list(range(layers))))
   if not settings.adapter_rank:

@@ -3,9 +3,10 @@
 
 Held here: the plain forward is the prefill's; what counts when, and which
 layers are passed by, are the published formulas; the loss falls and the frozen
-model does not change; every option of the recipe takes effect; draft models
-learn to be accepted; a mesh changes nothing but the rounding; what is said of
-the quality of a model is what NumPy says.
+model does not change; every option of the recipe takes effect; a run that was
+stopped ends as one that was not; draft models learn to be accepted; a mesh
+changes nothing but the rounding; what is said of the quality of a model is what
+NumPy says.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from jaxspec.models.transformer import Transformer, random_source, source_of
 from jaxspec.reading import read
 from jaxspec.tuning import MODEL, LowRank, Recipe, Whole
 from tests.conftest import tiny_config
-from tests.jaxspec import batches
+from tests.jaxspec import batches, cycles
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -239,6 +240,49 @@ def test_a_mesh_changes_the_rounding_alone():
   assert min(moved) > 5e-3
 
 
+# Going on.
+
+
+def tune(folder, on_step=None):
+  """LayerSkip: with layers left out at random and exits by turns."""
+  model = Transformer(tiny_config(depth=2), random_source(0))
+  pupils = {
+      MODEL: LowRank(model, Adapter.init(
+          model, rank=1, targets=["out", "down"])),
+      "one": ExitHead.init(model, layer=1, mlp=8),
+      "two": ExitHead.init(model, layer=1, mlp=4, attention=True)}
+  rng = np.random.default_rng(0)
+  texts = [Text(rng.integers(0, 64, 14).tolist(), 3) for _ in range(9)]
+  recipe = Recipe(steps=8, tokens=32, widths=(16,), positions=20,
+                         layer_dropout=0.5, warmup=0.01)
+  return training.fit(model, pupils, texts, recipe, folder, every=3,
+                      on_step=on_step, course=tuning)
+
+
+def test_a_tuned_model_goes_on(tmp_path):
+  """What is left out, drawn and whose turn it is go by the step."""
+  class Stop(Exception):
+    pass
+
+  def stop(step, marks):
+    if step == 5:
+      raise Stop
+
+  wanted = tune(tmp_path / "whole")
+  with pytest.raises(Stop):
+    tune(tmp_path / "run", stop)
+  steps = []
+  found = tune(tmp_path / "run", lambda step, marks: steps.append(step))
+  assert steps == [4, 5, 6, 7, 8]
+  assert cycles.leaves_equal(found.pop(MODEL).adapter,
+                             wanted.pop(MODEL).adapter)
+  assert all(cycles.leaves_equal(found[name].tensors(), wanted[name].tensors())
+             for name in wanted)
+  curve = training.read_curve(tmp_path / "run")
+  assert curve == training.read_curve(tmp_path / "whole")
+  assert len({line["heads"][MODEL]["loss"] for line in curve}) == 8
+
+
 # Draft models.
 
 
@@ -274,32 +318,29 @@ def test_a_draft_model_learns_to_be_accepted(small):
 # Quality.
 
 
-def test_likeness_is_what_numpy_says(tiny):
-  adapter = Adapter.init(tiny, rank=2)
+def test_likeness_is_what_numpy_says(small):
+  adapter = Adapter.init(small, rank=2)
   rng = np.random.default_rng(0)
-  tuned = adapters.merged(tiny, adapter.replace(weights={
+  tuned = adapters.merged(small, adapter.replace(weights={
       path: value + 0.1 * rng.standard_normal(value.shape, np.float32)
       for path, value in adapter.weights.items()}))
   texts = [Text(rng.integers(0, 64, n).tolist(), 1) for n in (3, 16, 9, 25, 1)]
-  recipe = dataclasses.replace(RECIPE, widths=(8, 16), tokens=32)
-  found = training.compare(tiny, tuned, texts, recipe)
-  lack, agreed, divergence = np.zeros(2), 0, 0.0
-  count = 0
-  for text in texts:
-    tokens = np.array(text.tokens[:16])
-    logs = [np.array(jax.nn.log_softmax(
-        m.unembed(read(m, jnp.asarray(tokens[None], jnp.int32))[m.depth])))
-        [0, :-1] for m in (tiny, tuned)]
-    lack -= [np.sum(np.take_along_axis(x, tokens[1:, None], 1)) for x in logs]
-    agreed += np.sum(logs[0].argmax(-1) == logs[1].argmax(-1))
-    divergence += np.sum(np.exp(logs[0]) * (logs[0] - logs[1]))
-    count += len(tokens) - 1
-  assert found["tokens"] == count == 2 + 15 + 8 + 15
+  recipe = dataclasses.replace(RECIPE, widths=(16,), tokens=32)
+  found = training.compare(small, tuned, texts, recipe)
+  batch = distillation.batch_of(texts, 16)
+  logs = [np.array(jax.nn.log_softmax(jax.jit(
+      lambda m: m.unembed(read(m, batch.tokens)[m.depth]))(model)))[:, :-1]
+      for model in (small, tuned)]
+  there = np.arange(1, 16) < np.asarray(batch.length)[:, None]
+  after = np.asarray(batch.tokens)[:, 1:, None]
+  lack = [-np.take_along_axis(x, after, 2)[..., 0][there].mean() for x in logs]
+  assert found["tokens"] == there.sum() == 2 + 15 + 8 + 15
   np.testing.assert_allclose(
-      [found["base_perplexity"], found["perplexity"]], np.exp(lack / count),
-      rtol=1e-4)
-  assert found["agreement"] == agreed / count < 1
-  assert found["divergence"] == pytest.approx(divergence / count, rel=1e-3)
-  same = training.compare(tiny, tiny, texts, recipe)
-  assert same["agreement"] == 1 and same["divergence"] == 0
-  assert same["perplexity"] == same["base_perplexity"]
+      [found["base_perplexity"], found["perplexity"]], np.exp(lack), rtol=1e-4)
+  same = (logs[0].argmax(-1) == logs[1].argmax(-1))[there]
+  assert found["agreement"] == pytest.approx(same.mean()) and not same.all()
+  divergence = np.sum(np.exp(logs[0]) * (logs[0] - logs[1]), axis=-1)[there]
+  assert found["divergence"] == pytest.approx(divergence.mean(), rel=1e-3)
+  none = training.compare(small, small, texts, recipe)
+  assert none["agreement"] == 1 and none["divergence"] == 0
+  assert none["perplexity"] == none["base_perplexity"]

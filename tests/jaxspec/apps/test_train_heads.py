@@ -16,6 +16,8 @@ import pytest
 
 from jaxspec import __main__ as front_door
 from jaxspec import heads, training
+from jaxspec.apps import train_heads
+from jaxspec.errors import InputError
 from jaxspec.generator import Generator
 from tests.jaxspec import cycles
 
@@ -132,6 +134,87 @@ def test_a_stopped_run_goes_on(whole, tiny_model, data, tmp_path, stage,
              zip(loaded(whole, model), loaded(tmp_path / "run", model)))
 
 
+LAYERSKIP = ("--recipe=layerskip", "--data=x", "--heads=exit:layer=2")
+
+
+def quality(folder):
+  return json.loads((folder / "report.json").read_text())["model"]
+
+
+def test_layerskip_tunes_the_model_too(tiny_model, data, tmp_path, capsys):
+  """Heads are for the tuned model, and with both the text is the same."""
+  folder = tmp_path / "run"
+  argv = ("--recipe=layerskip", "--adapter_rank=2", "--model_rate=0.01",
+          "--adapter_targets=qkv,down", "--adapter_layers=0-1+3",
+          "--curriculum=gradual", "--layer_dropout=0.3", "--exit_scale=2",
+          "--heads=exit:layer=2,mlp=16", f"--data={data}")
+  assert run(tiny_model, folder, *argv) == 0
+  config = json.loads((folder / "adapter" / "config.json").read_text())
+  assert config["rank"] == 2 and config["alpha"] == 4
+  assert config["targets"] == ["qkv", "down"] and config["layers"] == [0, 1, 3]
+  found = quality(folder)
+  assert found["perplexity"] != found["base_perplexity"] > 1
+  assert 0.2 < found["agreement"] <= 1 and found["divergence"] > 0
+  assert "% agreement with the frozen model" in capsys.readouterr().out
+
+  def load(**options):
+    return Generator.load(str(tiny_model), dtype="float32", capacity=64,
+                          **options)
+  plain, tuned = load(), load(adapter=str(folder / "adapter"))
+  with pytest.raises(InputError, match="pass heads of this model"):
+    heads.load(folder / "exit_2", plain.model, "exit")
+  skipping = load(
+      adapter=str(folder / "adapter"),
+      drafter=f"early_exit:heads=[{folder / 'exit_2'}],length=2")
+  options = plain.default_options(max_new_tokens=16)
+  wanted, answer = (g.generate(["what is 3?"], options)[0]
+                    for g in (tuned, skipping))
+  assert answer.token_ids == wanted.token_ids and answer.stats.drafted > 0
+  # Heads and adapter go on from where they are, in other recipes.
+  assert run(tiny_model, tmp_path / "more", "--recipe=heads", "--steps=2",
+             f"--adapter={folder / 'adapter'}", f"--heads={folder / 'exit_2'}",
+             f"--data={data}") == 0
+  (begun, ended) = (heads.load(place / "exit_2", tuned.model, "exit").heads
+                    for place in (folder, tmp_path / "more"))
+  assert np.any(begun.lens[...] != ended.lens[...])
+  assert cycles.leaves_equal(
+      train_heads._head(str(folder / "exit_2"), tuned.model, range).tensors(),
+      begun.tensors())
+
+
+def test_a_whole_model_is_an_ordinary_checkpoint(tiny_model, data, tmp_path):
+  folder = tmp_path / "run"
+  assert run(tiny_model, folder, "--recipe=layerskip", "--adapter_rank=0",
+             "--heads=exit:layer=2,mlp=16", "--steps=2", "--model_rate=0.01",
+             f"--data={data}") == 0
+  assert not (folder / "adapter").exists()
+  tuned = Generator.load(str(folder / "model"), dtype="float32", capacity=64)
+  plain = Generator.load(str(tiny_model), dtype="float32", capacity=64)
+  assert tuned.eos_ids == plain.eos_ids and tuned.defaults == plain.defaults
+  assert not np.array_equal(tuned.model.layers[3].down[...],
+                            plain.model.layers[3].down[...])
+  heads.load(folder / "exit_2", tuned.model, "exit")
+
+
+def test_a_draft_model_is_a_checkpoint_of_fewer_layers(
+    tiny_model, data, tmp_path):
+  folder = tmp_path / "run"
+  assert run(tiny_model, folder, "--recipe=draft_model", "--draft_layers=3",
+             "--model_rate=0.003", f"--data={data}") == 0
+  found = quality(folder)
+  assert found["divergence"] < found["untrained"]["divergence"]
+  assert found["base_perplexity"] == found["untrained"]["base_perplexity"]
+  plain = Generator.load(str(tiny_model), dtype="float32", capacity=64)
+  drafting = Generator.load(
+      str(tiny_model), dtype="float32", capacity=64,
+      drafter=f"draft_model:model=[{folder / 'draft'}],length=2")
+  assert drafting.drafter.model.depth == 3
+  options = plain.default_options(max_new_tokens=16)
+  wanted, answer = (g.generate(["what is 3?"], options)[0]
+                    for g in (plain, drafting))
+  assert answer.token_ids == wanted.token_ids and answer.stats.accepted > 0
+
+
 def test_the_model_may_write_the_prompts(tiny_model, tmp_path, monkeypatch):
   from jaxspec import corpus
   asked = []
@@ -173,7 +256,31 @@ def test_a_data_set_of_the_hub(tiny_model, data, tmp_path, monkeypatch):
     (("--heads=exit:layer=4", "--data=x"), r"integer in [1, 3], got 4"),
     (("--heads=exit:layer=1,attention=2", "--data=x"), "True or False"),
     (("--heads=exit:layer=1,tokens=9999", "--data=x"), "tokens must be"),
-    (("--heads=medusa:hads=2", "--data=x"), "no option 'hads=2'")])
+    (("--heads=medusa:hads=2", "--data=x"), "no option 'hads=2'"),
+    (("--heads=medusa", "--data=x", "--adapter_rank=2"),
+     "--adapter_rank is for --recipe=layerskip, and this is heads"),
+    (("--recipe=draft_model", "--data=x", "--layer_dropout=0.1"),
+     "--layer_dropout is for --recipe=layerskip"),
+    (("--recipe=draft_model", "--data=x", "--heads=medusa"),
+     "leave out --heads"),
+    (("--recipe=draft_model", "--data=x", "--draft_layers=4"),
+     "draft_layers must be an integer in [1, 3]"),
+    (("--recipe=draft_model", "--data=x", "--draft_layers=0"),
+     "draft_layers must be an integer in [1, 3]"),
+    (("--recipe=layerskip", "--data=x"), "--heads is missing"),
+    ((*LAYERSKIP, "--heads=medusa"), "teaches exits"),
+    ((*LAYERSKIP, "--adapter=x"), "leave out --adapter, or"),
+    ((*LAYERSKIP, "--adapter_rank=-1"), "adapter_rank must be"),
+    ((*LAYERSKIP, "--adapter_rank=0", "--adapter_alpha=1"),
+     "--adapter_alpha is for an adapter"),
+    ((*LAYERSKIP, "--adapter_targets=qvk"), "Did you mean 'qkv'"),
+    ((*LAYERSKIP, "--adapter_layers=4"), "adapter_layers=4 must name some"),
+    ((*LAYERSKIP, "--curriculum=turns"), "curriculum 'turns' is unknown"),
+    ((*LAYERSKIP, "--curriculum=all:every=2"), "no option 'every=2'"),
+    ((*LAYERSKIP, "--curriculum=rotational:every=0"), "every must be"),
+    ((*LAYERSKIP, "--layer_dropout=1.5"), "layer_dropout must be a number"),
+    ((*LAYERSKIP, "--exit_scale=-1"), "exit_scale must be a number"),
+    ((*LAYERSKIP, "--model_rate=2"), "model_rate must be a number")])
 def test_what_cannot_be_is_refused(tiny_model, tmp_path, capsys, argv, words):
   assert run(tiny_model, tmp_path / "run", *argv) == 2
   err = capsys.readouterr().err
