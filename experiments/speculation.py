@@ -73,7 +73,8 @@ def define_flags() -> None:
           "lookahead",
           "draft_model:model=[self:int8],length=4",
           "cascade:models=[self:layers=0-15+18-29;self:int8],length=4",
-      ], "compared too, but greedily, of one row and in the first dtype alone")
+      ], "compared too, but greedily, of one row and in the first dtype alone; "
+      "`--aside=` for none")
 
 
 def read_prompts(path: str, count: int) -> dict[str, list[str]]:
@@ -218,7 +219,7 @@ def measure(dtype: str, rows: int, prompts: dict[str, list[str]]
 
   from jaxspec.generator import Options
   first = (dtype, rows) == next(sections()) and rows == 1
-  aside = FLAGS.aside if first else []
+  aside = [text for text in FLAGS.aside if text] if first else []
   bench = Bench(dtype, rows, [*FLAGS.drafter, *aside])
   runs, curve = [], {}
   adaptive = next((d for d in reversed(FLAGS.drafter)
