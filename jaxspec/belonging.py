@@ -72,7 +72,8 @@ class Settings:
   def number(self, key: str, low: float, high: float) -> float:
     value = self.get(key)
     # What is not a number is in no interval.
-    if type(value) not in (int, float) or not low <= value <= high:
+    if (isinstance(value, bool) or not isinstance(value, int | float)
+        or not low <= value <= high):
       raise self.fail(key, f"a number in [{low:g}, {high:g}]")
     return float(value)
 

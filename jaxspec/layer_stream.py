@@ -101,9 +101,9 @@ class LayerStream(Drafter):
   def on(cls, mesh: Mesh, head: ExitHead, *, guess: bool = True,
          cache_dtype: str = "float32") -> "LayerStream":
     """With the weights of the head on every stage."""
-    return cls(*jax.device_put((head, jnp.asarray(guess)),
-                               NamedSharding(mesh, PartitionSpec())),
-               cache_dtype)
+    head, guesses = jax.device_put((head, jnp.asarray(guess)),
+                                   NamedSharding(mesh, PartitionSpec()))
+    return cls(head, guesses, cache_dtype)
 
   @property
   def taps(self):
@@ -355,7 +355,9 @@ def _tick(pipeline: Pipeline, model: Transformer, drafter: LayerStream,
     said = lax.all_gather(said, AXIS)                            # [S B 2]
 
   # From here on every stage does the same.
-  flow = flow.replace(x=x[None], heard=heard and flow.heard.of(heard))
+  flow = flow.replace(x=x[None])
+  if flow.heard is not None:
+    flow = flow.replace(heard=flow.heard.of(heard))
   state = state.replace(seq=seq.replace(cache=seq.cache.of(cache)),
                         draft=flow)
   sure = lax.bitcast_convert_type(said[last, :, 1], jnp.float32)

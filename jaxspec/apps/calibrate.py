@@ -117,8 +117,7 @@ def main(settings: types.SimpleNamespace) -> None:
       generator.mesh
     ):
       seen = calibration.see(
-        model, head, texts,
-        None if on_progress is None else lambda n, of: on_progress("", n, of),
+        model, head, texts, launch.counting(on_progress)
       )
     found = calibration.calibrate(
       seen,

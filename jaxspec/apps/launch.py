@@ -505,6 +505,15 @@ def sampling_options(
   return generator.default_options(**given)
 
 
+def counting(
+  on_progress: Callable[[str, int, int], None] | None,
+) -> Callable[[int, int], None] | None:
+  """`on_progress` of `progress`, for work whose parts have no names."""
+  if on_progress is None:
+    return None
+  return lambda done, total: on_progress("", done, total)
+
+
 @contextlib.contextmanager
 def progress(
   title: str,

@@ -420,7 +420,7 @@ def _prompts(
         generator,
         int(data.removeprefix("self:")),
         seed=settings.seed,
-        on_progress=_counting(on_progress),
+        on_progress=launch.counting(on_progress),
       )
   _write_lines(file, [
     {"text": item} if isinstance(item, str) else {"messages": item}
@@ -582,7 +582,7 @@ def _report(
   from jaxspec.tree import best_choices
 
   with launch.progress("judging") as on_progress:
-    tell = _counting(on_progress)
+    tell = launch.counting(on_progress)
     after = training.examine(speaker, taught, held, recipe, tell)
     before = training.examine(
       model, {name: pupils[name] for name in taught}, held, recipe, tell)
@@ -611,15 +611,6 @@ def _report(
       "extra": extra,
     }
   return report
-
-
-def _counting(
-  on_progress: Callable[[str, int, int], None] | None,
-) -> Callable[[int, int], None] | None:
-  """The same for work whose parts have no names."""
-  if on_progress is None:
-    return None
-  return lambda done, total: on_progress("", done, total)
 
 
 def _draw(folder: pathlib.Path) -> None:

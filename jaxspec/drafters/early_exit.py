@@ -118,7 +118,7 @@ class EarlyExit(Drafter):
     stored = exit_head("early_exit", target.model, heads, layer)
     head, known = stored.heads, stored.calibration
     measure = measure or (known.measure if known else "top")
-    fits = known is not None and known.measure == measure
+    fits = known if known and known.measure == measure else None
     if measure == "learned" and not fits:
       raise InputError("early_exit: measure learned needs a head that was "
                        "calibrated with it; run python -m jaxspec calibrate "
@@ -128,12 +128,12 @@ class EarlyExit(Drafter):
                        f"{known.measure}, and {measure} is asked for; say what "
                        "may be shown, as in show=0.5, or calibrate it again")
     if show_first is None:
-      show_first = known.first if fits else show
+      show_first = fits.first if fits else show
     if show is None:
-      show = known.later if fits else 0.0
+      show = fits.later if fits else 0.0
     coefficients = None
-    if measure == "learned":
-      coefficients = jnp.asarray(known.coefficients, jnp.float32)
+    if fits and fits.coefficients:
+      coefficients = jnp.asarray(fits.coefficients, jnp.float32)
     choices = _bushy(str(widths)) if widths else tuple(
         (0,) * d for d in range(1, length + 1))
     return cls(head, choices, float(show), float(show_first or 0.0),

@@ -72,14 +72,15 @@ class HydraHeads:
     """From a source of the weights."""
     width, pairs = model.config.width, heads * (heads + 1) // 2
     axes = (None,) * 3
-    weights = [source(name, (width,), (None,), jnp.float32)
-               for name in ("state_norm", "token_norm")]
-    weights += [source("state", (heads, rank, width), axes),
-                source("drafted", (pairs, rank, width), axes),
-                source("up", (heads, width, rank), axes)]
-    if tokens is None:
-      return cls(*weights)
-    return cls(*weights, jnp.asarray(tokens), model.unembedding[tokens])
+    some = tokens is not None
+    return cls(
+        source("state_norm", (width,), (None,), jnp.float32),
+        source("token_norm", (width,), (None,), jnp.float32),
+        source("state", (heads, rank, width), axes),
+        source("drafted", (pairs, rank, width), axes),
+        source("up", (heads, width, rank), axes),
+        jnp.asarray(tokens) if some else None,
+        model.unembedding[tokens] if some else None)
 
   @staticmethod
   def bounds(model: Transformer) -> dict[str, tuple[int, int]]:
