@@ -4,9 +4,9 @@ settled, so that no more than a given share of them is taken back?
 
 Learn-then-Test (arXiv:2110.01052, and CALM, arXiv:2207.07061): thresholds are
 tested one after another, each lower than the one before, until one fails; the
-last that passed is taken. Of the held-out texts one half fits the measure
-`learned` and says where to begin, which may be anywhere as long as the other
-half, by which thresholds are tested, has no part in it.
+last that passed is taken. Of the held-out texts a quarter says where to begin,
+which may be anywhere as long as the texts by which thresholds are tested have
+no part in it; for the measure `learned` it is a half, which also fits it.
 
 What is guaranteed: with probability `confidence` over the texts it was found
 on, at most `risk` of what is shown of texts like these is taken back. "Like
@@ -68,7 +68,7 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """What becomes of one threshold, on the half that it was tested by.
+  """What becomes of one threshold, on the texts that it was tested by.
 
   Attributes:
     shown: the share of tokens that are shown early.
@@ -178,21 +178,22 @@ def calibrate(seen: Sequence[Seen], *, measure: str = "top",
   Args:
     seen: held-out answers, in any order.
     length: drafts of a chain.
-    seed: by which texts are halved, and betted on in turn.
+    seed: by which texts are parted, and betted on in turn.
   """
   order = np.random.default_rng(seed).permutation(len(seen))
-  guide, test = (
-      [seen[i] for i in order[half::2]] for half in (1, 0))
+  part = len(seen) // (2 if measure == "learned" else 4)
+  guide, test = ([seen[i] for i in some]
+                 for some in (order[:part], order[part:]))
   coefficients = None
   if measure == "learned":
     coefficients = fit(guide)
 
   known = [[(text.confidence(measure, coefficients), text.right)
-            for text in half] for half in (guide, test)]
+            for text in some] for some in (guide, test)]
 
   def find(view: Callable[..., _Shown], p_value: Callable[..., Any]
            ) -> tuple[float, list[Row]]:
-    guided, tested = ([view(*text) for text in half] for half in known)
+    guided, tested = ([view(*text) for text in some] for some in known)
     begin = int(np.argmin(p_value(_rates(guided), risk)))
     rates = _rates(tested)
     rows = _rows(tested, rates, p_value(rates, risk))

@@ -62,7 +62,7 @@ def define_flags(values: flags.FlagValues) -> None:
   number("answer_tokens", 128, "length of an answer at most")
   number("answer_rows", 8, "prompts answered side by side")
   number("longest", 512, "tokens of a prompt at most; longer ones are left out")
-  number("seed", 0, "by which the texts are halved")
+  number("seed", 0, "by which the texts are parted")
   text("answers", None, "a JSONL file that keeps the answers for another run")
   text("output", None, "a JSON file for all that was found")
   text(
