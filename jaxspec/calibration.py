@@ -361,14 +361,17 @@ def interval(rates: Float[np.ndarray, "n"], level: float = 0.95
     if not np.all((rates == 0) | (rates == 1)):
       # (Where all are alike there is no end to it.)
       count = mean * (1 - mean) / max(varies, mean * (1 - mean) / count / 100)
-  hits, alpha = mean * count, (1 - level) / 2
-  low = high = 0.0
+  return _clopper_pearson(mean * count, count, level)
+
+
+@functools.lru_cache(maxsize=1024)         # neighbours often show the same
+def _clopper_pearson(hits: float, count: float, level: float
+                     ) -> tuple[float, float]:
+  low, high, alpha = 0.0, 1.0, (1 - level) / 2
   if hits > 0:
     low = _bisect(lambda p: beta_share(hits, count - hits + 1, p) >= alpha)
   if hits < count:
     high = _bisect(lambda p: beta_share(hits + 1, count - hits, p) >= 1 - alpha)
-  else:
-    high = 1.0
   return low, high
 
 
