@@ -118,29 +118,34 @@ def see(model: Transformer, head: ExitHead, texts: Sequence[Text],
   """
   found = []
   for number, text in enumerate(texts, 1):
-    width = _PART
+    width = count = _PART
     while width < len(text.tokens):
       width *= 2
+    said = len(text.tokens) - text.prompt_length
+    while count < said:
+      count *= 2
     tokens = np.zeros((1, width), np.int32)
     tokens[0, :len(text.tokens)] = text.tokens
-    said, right = jax.device_get(_see(
-        model, head, tokens, np.array([len(text.tokens)], np.int32)))
     # The token at place n is foretold behind the one before it.
-    here = slice(text.prompt_length - 1, len(text.tokens) - 1)
-    found.append(Seen(said[here].astype(np.float64), right[here]))
+    seen, right = jax.device_get(_see(
+        model, head, tokens, np.array([len(text.tokens)], np.int32),
+        np.int32(text.prompt_length - 1), count=count))
+    found.append(Seen(seen[:said].astype(np.float64), right[:said]))
     if on_text:
       on_text(number, len(texts))
   return found
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="count")
 def _see(model: Transformer, head: ExitHead, tokens: Int[Array, "1 T"],
-         length: Int[Array, "1"]
-         ) -> tuple[Float[Array, "T 3"], Bool[Array, "T"]]:
+         length: Int[Array, "1"], start: Int[Array, ""], *, count: int
+         ) -> tuple[Float[Array, "A 3"], Bool[Array, "A"]]:
+  """Behind `count` tokens from `start` on; none beyond the end is read."""
   prefix = loop.prefill(
       model, (head.layer, model.depth), tokens, length,
       chunk=tokens.shape[1], dtype=jnp.dtype(dtype_of(model)))
   below, top = prefix.features
+  at = jnp.minimum(start + jnp.arange(count), tokens.shape[1] - 1)
 
   def judge(both):
     low, high = both
@@ -151,7 +156,7 @@ def _see(model: Transformer, head: ExitHead, tokens: Int[Array, "1 T"],
     return signs(logits), said == jnp.argmax(model.unembed(high), axis=-1)
 
   def parts(x):
-    return x.reshape(-1, 1, _PART, x.shape[-1])
+    return x[0, at].reshape(-1, 1, _PART, x.shape[-1])
   found, right = lax.map(judge, (parts(head.attended(below)), parts(top)))
   return found.reshape(-1, 3), right.reshape(-1)
 
@@ -263,7 +268,8 @@ def _total(texts: Sequence[_Shown], values: Sequence[Any]
   since = np.searchsorted(-np.array(THRESHOLDS), -np.maximum(sure, 0.0))
   found = np.bincount(whose * grid + since, np.concatenate(values),
                       minlength=len(texts) * grid)
-  return np.cumsum(found.reshape(len(texts), grid), axis=1)
+  # Of no values at all these are integers.
+  return np.cumsum(found.reshape(len(texts), grid) * 1.0, axis=1)
 
 
 def _rates(texts: Sequence[_Shown]) -> Float[np.ndarray, "texts G"]:
