@@ -172,7 +172,8 @@ def test_without_guesses_each_token_waits():
   stages.run(PROMPTS, options(end))
   traces = layer_stream.decode._cache_size()
   waits = dataclasses.replace(
-      stages, stream=stages.stream.replace(guess=jnp.asarray(False)))
+      stages, stream=LayerStream.on(stages.mesh, stages.stream.head,
+                                    guess=False))
   state = waits.run(PROMPTS, options(end))
   assert layer_stream.decode._cache_size() == traces
   assert batches.answers(state) == answers
