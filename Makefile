@@ -29,7 +29,7 @@ DEMO_PROMPT := Correct the spelling of this text and change nothing else: \
 
 demo: $(VENV)/.demo ## a real model answers, with speculation
 	@echo "A head on a lower layer speaks before the upper ones have read:"
-	$(DECODE) --drafter=early_exit --prefill=layer_major \
+	$(DECODE) --drafter=early_exit:show_first=0.2,show=0.5 --prefill=layer_major \
 	  --max_new_tokens=48 --prompt='$(DEMO_QUESTION)'
 	@echo "Medusa heads and prompt lookup draft together:"
 	$(DECODE) --drafter='union:drafters=[prompt_lookup;medusa],nodes=12' \
