@@ -129,8 +129,9 @@ class Bench:
       whole = chat(self.tokenizer.decode(kept))
     return whole
 
-  def read(self, batch: Sequence[Sequence[int]], taps: tuple[int, ...]) -> Any:
-    """Reads a prompt for each row."""
+  def read(self, batch: Sequence[Sequence[int]]
+           ) -> tuple[Any, dict[tuple[int, ...], Any]]:
+    """Reads a prompt for each row, once for all drafters of the same taps."""
     import jax.numpy as jnp
 
     from jaxspec import loop
@@ -140,11 +141,14 @@ class Bench:
     tokens = np.zeros((len(batch), width), np.int32)
     for row, ids in zip(tokens, batch):
       row[:len(ids)] = ids
-    return lengths, loop.prefill(
-        self.generators[PLAIN].model, taps, tokens, lengths,
-        chunk=512, dtype=jnp.dtype(self.generators[PLAIN].cache_dtype))
+    plain = self.generators[PLAIN]
+    every = {tuple(made.drafter.taps) for made in self.generators.values()}
+    return lengths, {
+        taps: loop.prefill(plain.model, taps, tokens, lengths, chunk=512,
+                           dtype=jnp.dtype(plain.cache_dtype))
+        for taps in sorted(every)}
 
-  def decode(self, drafter: str, prefix: Any, lengths: Any, options: Any,
+  def decode(self, drafter: str, prefixes: Any, lengths: Any, options: Any,
              width: int | None = None, steps: int = 2**30) -> dict[str, Any]:
     """Decodes a batch and tells what it took.
 
@@ -165,7 +169,8 @@ class Bench:
     request = as_request(options, lengths, made.eos_ids,
                          vocab=made.config.vocab, stops=16, biases=64)
     state = loop.insert(made.model, made.drafter, made.verifier, state,
-                        np.arange(self.rows, dtype=np.int32), prefix, request)
+                        np.arange(self.rows, dtype=np.int32),
+                        prefixes[tuple(made.drafter.taps)], request)
     jax.block_until_ready(state)
     part = made.drafter
     if width is not None:
@@ -191,14 +196,14 @@ class Bench:
         "accepted_by_position": counters["accepted"].sum(axis=0).tolist(),
     }
 
-  def cost_curve(self, drafter: str, prefix: Any, lengths: Any,
+  def cost_curve(self, drafter: str, prefixes: Any, lengths: Any,
                  options: Any) -> dict[int, float]:
     """Seconds of a pass of each width of an adaptive drafter."""
     sizes = self.generators[drafter].drafter.sizes
     found = {size: [] for size in sizes}
     for repeat in range(6):
       for number, size in enumerate(sizes):
-        run = self.decode(drafter, prefix, lengths, options, number, 8)
+        run = self.decode(drafter, prefixes, lengths, options, number, 8)
         if repeat and run["steps"]:            # the first compiles
           found[size].append(run["seconds"] / run["steps"])
     self._states.pop(drafter)
@@ -231,7 +236,7 @@ def measure(dtype: str, rows: int, prompts: dict[str, list[str]]
       for number, batch in enumerate(batches):
         if len(batch) < rows:
           continue
-        lengths, prefix = bench.read([bench.ids(t) for t in batch], ())
+        lengths, prefixes = bench.read([bench.ids(t) for t in batch])
         options = [Options(
             max_new_tokens=new_tokens(rows), temperature=temperature,
             ignore_eos=rows > 1, seed=1000 * number + row)
@@ -239,9 +244,9 @@ def measure(dtype: str, rows: int, prompts: dict[str, list[str]]
         steps = 2**30 if rows == 1 else FLAGS.steps
         if not runs:
           for text in bench.generators:                        # compiles
-            bench.decode(text, prefix, lengths, options, steps=steps)
+            bench.decode(text, prefixes, lengths, options, steps=steps)
           if adaptive is not None:
-            curve = bench.cost_curve(adaptive, prefix, lengths, options)
+            curve = bench.cost_curve(adaptive, prefixes, lengths, options)
             told = np.array(list(curve.values()), np.float32)
             for made in bench.generators.values():
               sizes = getattr(made.drafter, "sizes", ())
@@ -256,7 +261,7 @@ def measure(dtype: str, rows: int, prompts: dict[str, list[str]]
                    if not repeat or text.startswith((PLAIN, "adaptive"))]
           shift = (number + repeat) % len(close)
           for text in [*close[shift:], *close[:shift]]:
-            tries[text].append(bench.decode(text, prefix, lengths, options,
+            tries[text].append(bench.decode(text, prefixes, lengths, options,
                                             steps=steps))
         for text, some in tries.items():
           some.sort(key=lambda run: pace([run]))
