@@ -327,7 +327,8 @@ def _tick(pipeline: Pipeline, model: Transformer, drafter: LayerStream,
     if heard is not None:
       y, new = drafter.head.extend(x, heard.replace(length=position), own,
                                   place, layers=range(1))
-    said = laws(_whole(drafter.head, model, y)).draw(alone[:, 0])
+    logits = drafter.head.spread(drafter.head(model, y), model.vocab)
+    said = laws(logits).draw(alone[:, 0])
     return jnp.stack([said, jnp.zeros_like(said)], axis=1), new
 
   def settle(x):
@@ -450,16 +451,6 @@ def _settle(state: DecodeState, at: Int[Array, "stages B"],
   return state.replace(
       seq=Sequences(tokens, seq.prompt_length, length, cache), draft=flow,
       done=state.done | done, logprobs=logprobs, counters=counters)
-
-
-def _whole(head: ExitHead, model: Transformer, x: Float[Array, "B 1 D"]
-           ) -> Float[Array, "B 1 V"]:
-  """What the head says of all tokens; what it cannot say has no chance."""
-  logits = head(model, x)
-  if head.tokens is None:
-    return logits
-  return jnp.full((*x.shape[:2], model.vocab), -jnp.inf).at[
-      ..., head.tokens[...]].set(logits)
 
 
 __all__ = ["Flow", "LayerStream", "build", "decode", "emitted", "prefill",

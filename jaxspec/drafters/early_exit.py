@@ -319,7 +319,7 @@ class EarlyExit(Drafter):
     for column, parent in enumerate(parents):
       children = np.array([n for n in below if tree.parents[n] == parent])
       law = sampling.warp(
-          self._whole(logits[:, column], model.vocab), request.sampling,
+          self.head.spread(logits[:, column], model.vocab), request.sampling,
           history, jnp.full_like(walk.live, parent))
       said = sampling.draws(law, request.sampling, positions[:, parent] + 1,
                             int(rank[children].max()) + 1)
@@ -337,14 +337,6 @@ class EarlyExit(Drafter):
     """Of each node among its siblings; nodes as `from_paths` puts them."""
     paths = sorted(closed(self.choices), key=lambda c: (len(c), c))
     return np.array([0, *(path[-1] for path in paths)], np.int32)
-
-  def _whole(self, logits: Float[Array, "B W"], vocab: int
-             ) -> Float[Array, "B V"]:
-    """Logits of all tokens; what the head cannot say has none."""
-    if self.head.tokens is None:
-      return logits
-    return jnp.full((len(logits), vocab), -jnp.inf).at[
-        :, self.head.tokens[...]].set(logits)
 
   def _read(self, features: Float[Array, "R T D"], length: Int[Array, "R"]
             ) -> ContiguousCache:

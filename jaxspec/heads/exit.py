@@ -149,6 +149,14 @@ class ExitHead(Transformer):
       logits = c.logits_cap * jnp.tanh(logits / c.logits_cap)
     return logits
 
+  def spread(self, logits: Float[Array, "*rows W"], vocab: int
+             ) -> Float[Array, "*rows V"]:
+    """Logits of all tokens; what the head cannot say has none."""
+    if self.tokens is None:
+      return logits
+    return jnp.full((*logits.shape[:-1], vocab), -jnp.inf).at[
+        ..., self.tokens[...]].set(logits)
+
   def attended(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """The stream of whole texts behind the head's attention, if it has any."""
     if not self.depth:
