@@ -11,18 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from jaxspec.calibration import interval
+
 LEVEL = 0.95
 
 
 def rate(hits: int, of: int, level: float = LEVEL) -> dict[str, Any]:
   """A share with its exact interval, both tails alike; of none, nothing."""
-  from scipy import stats  # comes with jax, and is slow to load
   hits, of = int(hits), int(of)
-  low, high = 0.0, 1.0
-  if hits:
-    low = float(stats.beta.ppf((1 - level) / 2, hits, of - hits + 1))
-  if hits < of:
-    high = float(stats.beta.ppf((1 + level) / 2, hits + 1, of - hits))
+  low, high = interval((np.arange(of) < hits) * 1.0, level)
   return {"hits": hits, "of": of, "share": hits / of if of else None,
           "low": low, "high": high}
 

@@ -25,7 +25,6 @@ model have no guarantee. It is given twice, each time by itself:
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+from scipy import special
 
 from jaxspec import loop
 from jaxspec.confidence import COEFFICIENTS, MEASURES, chance, features, signs
@@ -321,8 +321,7 @@ def binomial_p(rates: Float[np.ndarray, "n G"], risk: float
   """How likely so few ones are, of samples that are 0 or 1, if more than
   `risk` of all are 1; NaN is no sample."""
   ones, counts = np.nansum(rates, axis=0), np.sum(~np.isnan(rates), axis=0)
-  return np.array([binomial_tail(round(float(k)), int(n), risk)
-                   for k, n in zip(ones, counts)])
+  return special.bdtr(ones, counts, risk)
 
 
 def betting_p(rates: Float[np.ndarray, "n G"], risk: float
@@ -367,65 +366,11 @@ def interval(rates: Float[np.ndarray, "n"], level: float = 0.95
     if not np.all((rates == 0) | (rates == 1)):
       # (Where all are alike there is no end to it.)
       count = mean * (1 - mean) / max(varies, mean * (1 - mean) / count / 100)
-  return _clopper_pearson(mean * count, count, level)
-
-
-@functools.lru_cache(maxsize=1024)         # neighbours often show the same
-def _clopper_pearson(hits: float, count: float, level: float
-                     ) -> tuple[float, float]:
-  low, high, alpha = 0.0, 1.0, (1 - level) / 2
-  if hits > 0:
-    low = _bisect(lambda p: beta_share(hits, count - hits + 1, p) >= alpha)
-  if hits < count:
-    high = _bisect(lambda p: beta_share(hits + 1, count - hits, p) >= 1 - alpha)
-  return low, high
-
-
-def binomial_tail(hits: int, count: int, share: float) -> float:
-  """P(X <= hits) of X that is binomial."""
-  if hits >= count:
-    return 1.0
-  return beta_share(count - hits, hits + 1, 1 - share)
-
-
-def beta_share(a: float, b: float, x: float) -> float:
-  """The regularized incomplete beta function, by its continued fraction.
-
-  (Numerical Recipes, section 6.4. jax.scipy has it in float32 alone.)
-  """
-  if x <= 0 or x >= 1:
-    return float(x >= 1)
-  if x > (a + 1) / (a + b + 2):
-    return 1 - beta_share(b, a, 1 - x)
-  front = math.exp(
-      math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-      + a * math.log(x) + b * math.log1p(-x)) / a
-  tiny = 1e-300
-  c, d = 1.0, 1 / _away(1 - (a + b) * x / (a + 1), tiny)
-  value = d
-  for m in range(1, 10_000):
-    for term in (m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-                 -(a + m) * (a + b + m) * x
-                 / ((a + 2 * m) * (a + 2 * m + 1))):
-      d = 1 / _away(1 + term * d, tiny)
-      c = _away(1 + term / c, tiny)
-      value *= c * d
-    if abs(c * d - 1) < 1e-14:
-      break
-  return front * value
-
-
-def _away(x: float, tiny: float) -> float:
-  return x if abs(x) > tiny else tiny
-
-
-def _bisect(reached: Callable[[float], bool]) -> float:
-  """Where in [0, 1] a monotone test begins to hold."""
-  low, high = 0.0, 1.0
-  for _ in range(40):
-    middle = (low + high) / 2
-    low, high = (low, middle) if reached(middle) else (middle, high)
-  return high
+  hits, tail = mean * count, (1 - level) / 2
+  low = special.betaincinv(hits, count - hits + 1, tail) if hits else 0.0
+  high = (special.betaincinv(hits + 1, count - hits, 1 - tail)
+          if hits < count else 1.0)
+  return float(low), float(high)
 
 
 def as_dict(found: Found) -> dict[str, Any]:
@@ -433,6 +378,5 @@ def as_dict(found: Found) -> dict[str, Any]:
   return dataclasses.asdict(found)
 
 
-__all__ = ["THRESHOLDS", "Found", "Row", "Seen", "as_dict", "beta_share",
-           "betting_p", "binomial_p", "binomial_tail", "calibrate", "fit",
-           "interval", "see"]
+__all__ = ["THRESHOLDS", "Found", "Row", "Seen", "as_dict", "betting_p",
+           "binomial_p", "calibrate", "fit", "interval", "see"]
