@@ -8,3 +8,5 @@ from pallas_kernels.attention.op import tree_attention as tree_attention
 from pallas_kernels.attention.words import pack as pack
 from pallas_kernels.attention.words import unpack as unpack
 from pallas_kernels.quantized import QArray as QArray
+from pallas_kernels.target import Target as Target
+from pallas_kernels.target import aim as aim

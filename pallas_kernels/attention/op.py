@@ -9,7 +9,8 @@ the token's window.
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.attention import xla
-from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.target import Implementation
 
 _IMPLEMENTATIONS = {"xla": xla.tree_attention}
 
