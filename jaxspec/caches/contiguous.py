@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec import sharding
 from jaxspec.caches.fresh import Fresh, Place, path_nodes
-from pallas_kernels import tree_attention
+from jaxspec.kernels import tree_attention
 
 AXES = ("rows", "kv_heads", None, None)
 

@@ -29,7 +29,7 @@ from jaxspec import sharding
 from jaxspec.caches.contiguous import ContiguousCache, zeros
 from jaxspec.caches.fresh import Fresh, Place, path_nodes
 from jaxspec.errors import InputError
-from pallas_kernels import tree_attention
+from jaxspec.kernels import tree_attention
 
 # A row may hold any page, so that pools are not split over the data axis: each
 # data shard keeps, and writes, all of its tensor shard's pages.

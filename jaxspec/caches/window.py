@@ -24,7 +24,7 @@ from jaxspec.caches.contiguous import (
     zeros,
 )
 from jaxspec.caches.fresh import Fresh, Place, path_nodes
-from pallas_kernels import tree_attention
+from jaxspec.kernels import tree_attention
 
 
 @struct.dataclass
