@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.errors import InputError
 from pallas_kernels.target import Target
 
 # What one entry holds, and a table.
@@ -36,10 +37,6 @@ trial = jax.make_user_context(default_value=())
 _watching: list[dict[tuple[str, str], Blocks]] = []
 
 
-class TableError(ValueError):
-  """A table of blocks that cannot be used; says where, and what to do."""
-
-
 def choose(op: str, target: Target, key: str | Sequence[Any],
            heuristic: Callable[[], Any]) -> Any:
   """The blocks of one call.
@@ -51,7 +48,7 @@ def choose(op: str, target: Target, key: str | Sequence[Any],
       integer, or a tuple of them.
 
   Raises:
-    TableError: a table is malformed, or its entry has another form than the
+    InputError: a table is malformed, or its entry has another form than the
       heuristic's.
   """
   name = key if isinstance(key, str) else ",".join(map(str, key))
@@ -66,7 +63,7 @@ def choose(op: str, target: Target, key: str | Sequence[Any],
     if found is None:
       continue
     if _count(found) != _count(guess):
-      raise TableError(
+      raise InputError(
           f"{path}: {target.kind!r}, {op!r}, {name!r} is {found!r}, but the "
           f"kernel wants {_form(_count(guess))}; tune it again")
     return found
@@ -91,12 +88,12 @@ def load(path: str | os.PathLike[str]) -> Table:
   """Reads a table, once for each state of its file.
 
   Raises:
-    TableError: there is no such file, or it is not a table.
+    InputError: there is no such file, or it is not a table.
   """
   try:
     info = os.stat(path)
   except OSError as e:
-    raise TableError(f"there is no table of blocks {str(path)!r} "
+    raise InputError(f"there is no table of blocks {str(path)!r} "
                      f"({e.strerror})") from e
   return _load(os.fspath(path), info.st_mtime_ns, info.st_size)
 
@@ -121,7 +118,7 @@ def _load(path: str, *state: int) -> Table:
   try:
     content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
   except ValueError as e:                # not JSON, or not UTF-8
-    raise TableError(f"{path} is no JSON: {e}") from e
+    raise InputError(f"{path} is no JSON: {e}") from e
   return _checked(content, path, ("device kind", "op", "key"))
 
 
@@ -129,11 +126,11 @@ def _checked(content: Any, where: str, levels: Sequence[str]) -> Any:
   if not levels:
     whole = content if isinstance(content, list) else [content]
     if not whole or not all(type(x) is int and x > 0 for x in whole):
-      raise TableError(f"{where} is {content!r}, but blocks are a positive "
+      raise InputError(f"{where} is {content!r}, but blocks are a positive "
                        "integer or a list of them")
     return tuple(content) if isinstance(content, list) else content
   if not isinstance(content, dict):
-    raise TableError(f"{where} is {content!r}, but must be an object with one "
+    raise InputError(f"{where} is {content!r}, but must be an object with one "
                      f"entry for each {levels[0]}")
   return {name: _checked(entry, f"{where}: {name!r}", levels[1:])
           for name, entry in content.items()}

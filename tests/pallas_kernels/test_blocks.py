@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import blocks
+from pallas_kernels.errors import InputError
 from pallas_kernels.target import Target
 
 V5E = Target("tpu", "TPU v5 lite")
@@ -77,13 +78,13 @@ def test_a_table_that_changes_is_read_again(own):
 ])
 def test_a_malformed_table(own, content, message):
   own(content)
-  with pytest.raises(blocks.TableError, match=message):
+  with pytest.raises(InputError, match=message):
     choose()
 
 
 def test_a_table_that_is_not_there(monkeypatch, tmp_path):
   monkeypatch.setenv(blocks.VARIABLE, str(tmp_path / "none.json"))
-  with pytest.raises(blocks.TableError, match="^there is no table of blocks "
+  with pytest.raises(InputError, match="^there is no table of blocks "
                      ".*none.json' .No such file or directory.$"):
     choose()
 
