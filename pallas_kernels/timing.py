@@ -18,6 +18,8 @@ from jax import lax
 # What is measured takes about this long.
 SECONDS = 0.05
 MOST_CALLS = 10_000
+# No difference of two times counts as less, so that it can divide.
+SHORTEST = 1e-9
 
 
 def repeated(call: Callable[..., Any], donated: tuple[int, ...] = ()
@@ -82,7 +84,8 @@ def measure(call: Callable[..., Any], arguments: tuple[Any, ...],
   count = _count(seconds, once)
   count = _count(seconds, clock(1 + count) / (1 + count))
   return statistics.median(
-      max(clock(1 + count) - clock(1), 0.0) / count for _ in range(repeats))
+      max(clock(1 + count) - clock(1), SHORTEST) / count
+      for _ in range(repeats))
 
 
 def _count(seconds: float, each: float) -> int:
