@@ -7,8 +7,12 @@ Llama-3-70B over eight.
 """
 
 import dataclasses
-from collections.abc import Callable
+import importlib
+import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from pallas_kernels.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,3 +42,21 @@ class Case:
   moved_bytes: int
   sample: Callable[[int], tuple[Any, ...]]
   donated: tuple[int, ...] = ()
+
+
+def collect(ops: Sequence[str] = ()) -> list[Case]:
+  """The cases of every folder that has a `cases.py`, or of some ops.
+
+  Raises:
+    InputError: an op has no cases.
+  """
+  here = pathlib.Path(__file__).parent
+  found = [case for file in sorted(here.glob("*/cases.py"))
+           for case in importlib.import_module(
+               f"{here.name}.{file.parent.name}.cases").cases()]
+  known = sorted({case.op for case in found})
+  for op in ops:
+    if op not in known:
+      raise InputError(f"there are no cases of an op {op!r}; there are some of "
+                       f"{', '.join(known) or 'none'}")
+  return [case for case in found if not ops or case.op in ops]

@@ -60,10 +60,10 @@ class Chip:
 
 
 # Google's and NVIDIA's data sheets. A chip of v5p, v6e and v5e is one device;
-# half a chip of tpu7x is.
+# half a chip of tpu7x is. jax calls v5p "TPU v5".
 CHIPS: dict[str, Chip] = {
     "TPU v5 lite": Chip(819e9, 197e12, 393e12, 16 << 30, 128 << 20),
-    "TPU v5p": Chip(2765e9, 459e12, 918e12, 95 << 30, 64 << 20),
+    "TPU v5": Chip(2765e9, 459e12, 918e12, 95 << 30, 64 << 20),
     "TPU v6 lite": Chip(1640e9, 918e12, 1836e12, 32 << 30, 128 << 20),
     "TPU7x": Chip(3690e9, 1153e12, 0.0, 96 << 30, 64 << 20),
     "NVIDIA H100 80GB HBM3": Chip(3352e9, 989e12, 1979e12, 80 << 30, 227 << 10),
