@@ -24,6 +24,9 @@ from pallas_kernels.target import Target
 _ROWS, _COUNT = 64, 8
 _FAR = 2**30                     # beyond all columns
 _STATS = 4
+_WORDS = 128                     # of bits, in a vector
+_SPAN = 32 * _WORDS
+_DRAWN = 128                     # lanes that get their noise at once
 
 
 def proposal_head(x, norm, unembedding, *, eps, count, logits_soft_cap, tokens,
@@ -32,7 +35,7 @@ def proposal_head(x, norm, unembedding, *, eps, count, logits_soft_cap, tokens,
   check(x, unembedding, count)
   rows, width = x.shape
   vocab = unembedding.shape[0]
-  tile, parts = _blocks(target, vocab, width, x.dtype)
+  tile, parts = _blocks(target, rows, vocab, width, x.dtype.itemsize)
   tiles = pl.cdiv(vocab, tile)
   each = pl.cdiv(tiles, parts)
 
@@ -47,12 +50,10 @@ def proposal_head(x, norm, unembedding, *, eps, count, logits_soft_cap, tokens,
   specs = [whole(rows, width), whole(1, width),
            pl.BlockSpec((tile, width), lambda p, i: (at(p, i), 0))]
   if allowed is not None:
-    words = allowed.astype(jnp.int32)
-    words = jnp.pad(words, ((0, 0), (0, tiles * tile // 32 - words.shape[1])))
-    words = jnp.moveaxis(words.reshape(rows, tiles, tile // 32), 1, 0)
-    arguments.append(words)
-    specs.append(pl.BlockSpec((1, rows, tile // 32),
-                              lambda p, i: (at(p, i), 0, 0)))
+    # A vector of words serves some tiles, each of which divides it.
+    arguments.append(lax.bitcast_convert_type(allowed, jnp.int32))
+    specs.append(pl.BlockSpec((rows, min(_WORDS, allowed.shape[1])),
+                              lambda p, i: (0, at(p, i) * tile // _SPAN)))
   if noise is not None:
     arguments += [lax.bitcast_convert_type(noise, jnp.int32),
                   temperature.reshape(-1, 1).astype(jnp.float32)]
@@ -93,12 +94,12 @@ def moved_bytes(rows: int, width: int, vocab: int, itemsize: int, count: int,
                 *, target: Target, masked: bool = False, drawn: bool = False,
                 named: bool = False) -> int:
   """What the blocks move; rows of results are as wide as a vector is."""
-  tile, parts = _blocks(target, vocab, width, itemsize=itemsize)
+  _, parts = _blocks(target, rows, vocab, width, itemsize)
   moved = vocab * width * itemsize
   # Both parts read what they have in common, if there are two.
   moved += parts * (rows * width * itemsize + width * 4)
   if masked:
-    moved += pl.cdiv(vocab, tile) * rows * tile // 8
+    moved += pl.cdiv(vocab, 32) * rows * 4
   if drawn:
     moved += parts * rows * 12
   if named:
@@ -124,14 +125,14 @@ def check(x, unembedding, count) -> None:
         f"count={count}: candidates are kept for up to {_COUNT}; use 'xla'")
 
 
-def _blocks(target: Target, vocab: int, width: int, dtype=None, *,
-            itemsize: int = 0) -> tuple[int, int]:
+def _blocks(target: Target, rows: int, vocab: int, width: int, itemsize: int
+            ) -> tuple[int, int]:
   """Rows of the unembedding in a tile, and parts of the vocabulary."""
-  itemsize = itemsize or jnp.dtype(dtype).itemsize
   # A transfer is worth its start from a few megabytes on; two must fit, and a
   # small vocabulary still wants a few steps to overlap.
-  tile = (4 << 20) // (width * itemsize)
-  tile = max(128, min(tile, 4096, vocab // 4) // 128 * 128)
+  tile = min((4 << 20) // (width * itemsize), (128 << 10) // max(rows, 16),
+             vocab // 4, _SPAN)
+  tile = 1 << max(7, tile.bit_length() - 1)
   # The two cores of these are one device.
   cores = 2 if target.kind in ("TPU v4", "TPU v5", "TPU v5p") else 1
   return tile, min(cores, pl.cdiv(vocab, tile))
@@ -182,7 +183,7 @@ def _kernel(x_ref, norm_ref, rows_ref, *refs, eps, cap, vocab, tile, each,
   # Beyond the vocabulary stands what happened to be in memory.
   live = column < vocab
   if masked:
-    live &= _bits(words_ref[0], tile) != 0
+    live &= _bits(words_ref[...], start % _SPAN, tile) != 0
   logits = jnp.where(live, logits, -jnp.inf)
   best, first = _largest(logits, column)
   _add(stats_ref, logits, column, best, first)
@@ -194,12 +195,18 @@ def _kernel(x_ref, norm_ref, rows_ref, *refs, eps, cap, vocab, tile, each,
 
     @pl.when(jnp.max(temperature) > 0)
     def _():
-      ids = ids_ref[...] if named else column
-      logits = law_ref[...]
-      noise = gumbel(key_ref[:, :1], key_ref[:, 1:],
-                     jnp.broadcast_to(ids, logits.shape))
-      noisy = logits / jnp.maximum(temperature, COLDEST) + noise
-      left_ref[...] = jnp.where(temperature > 0, noisy, logits)
+      def draw(some, none):
+        at = pl.ds(pl.multiple_of(some * _DRAWN, _DRAWN), _DRAWN)
+        logits = law_ref[:, at]
+        ids = start + some * _DRAWN + _iota(logits.shape)
+        if named:
+          ids = jnp.broadcast_to(ids_ref[:, at], logits.shape)
+        noise = gumbel(key_ref[:, :1], key_ref[:, 1:], ids)
+        noisy = logits / jnp.maximum(temperature, COLDEST) + noise
+        left_ref[:, at] = jnp.where(temperature > 0, noisy, logits)
+        return none
+      # A few at a time: a hundred operations on each fill no registers.
+      lax.fori_loop(0, tile // _DRAWN, draw, 0)
 
     best = jnp.max(left_ref[...], axis=1, keepdims=True)
 
@@ -255,13 +262,13 @@ def _largest(scores, column):
   return best, first
 
 
-def _bits(words, tile):
-  """Bit n % 32 of word n // 32, in lane n.
+def _bits(words, start, tile):
+  """The bits of a tile that starts so many bits into a vector of words.
 
   A word has to reach 32 lanes. The matrix unit brings it there, byte by byte,
   since a product with zeros and ones is exact.
   """
-  lane = _iota((words.shape[1], tile))
+  lane = start + _iota((words.shape[1], tile))
   spread = jnp.where(lane >> 5 == _iota(lane.shape, 0), 1.0, 0.0)
   lane = _iota((words.shape[0], tile))
   bits = jnp.zeros(lane.shape, jnp.int32)
