@@ -2,10 +2,10 @@
 """`proposal_head` for TPUs: an online softmax over tiles of the vocabulary.
 
 Each tile of the unembedding comes in once, by the pipeline of `pallas_call`,
-and stays as it lies: outputs first. All rows share it. What is kept of a tile
-are sums for the softmax and its entropy, the two largest logits, and K
-candidates; a tile without a candidate for any row, as most are behind the
-first few, is passed by after one maximum.
+and is used as it lies, by all rows. What is kept of a tile are sums for the
+softmax and its entropy, the two largest logits, and K candidates; a tile
+without a candidate for any row, as most are behind the first few, is passed by
+after one maximum.
 """
 
 import functools
@@ -46,9 +46,11 @@ def proposal_head(x, norm, unembedding, *, eps, count, logits_soft_cap, tokens,
   def whole(*shape):
     return pl.BlockSpec(shape, lambda part, step: (0,) * len(shape))
 
-  arguments = [x, norm.reshape(1, -1), unembedding]
+  turned = _turned(vocab, width)
+  arguments = [x, norm.reshape(1, -1), unembedding.T if turned else unembedding]
   specs = [whole(rows, width), whole(1, width),
-           pl.BlockSpec((tile, width), lambda p, i: (at(p, i), 0))]
+           pl.BlockSpec((width, tile), lambda p, i: (0, at(p, i))) if turned
+           else pl.BlockSpec((tile, width), lambda p, i: (at(p, i), 0))]
   if allowed is not None:
     # A vector of words serves some tiles, each of which divides it.
     arguments.append(lax.bitcast_convert_type(allowed, jnp.int32))
@@ -63,7 +65,7 @@ def proposal_head(x, norm, unembedding, *, eps, count, logits_soft_cap, tokens,
       specs.append(pl.BlockSpec((1, tile), lambda p, i: (0, at(p, i))))
   kernel = functools.partial(
       _kernel, eps=eps, cap=logits_soft_cap, vocab=vocab, tile=tile, each=each,
-      masked=allowed is not None, drawn=noise is not None,
+      turned=turned, masked=allowed is not None, drawn=noise is not None,
       named=noise is not None and tokens is not None)
   wide = [(jnp.float32, _STATS), (jnp.float32, count), (jnp.float32, count),
           (jnp.int32, count)]
@@ -138,6 +140,17 @@ def _blocks(target: Target, rows: int, vocab: int, width: int, itemsize: int
   return tile, min(cores, pl.cdiv(vocab, tile))
 
 
+def _turned(vocab: int, width: int) -> bool:
+  """Whether the unembedding lies in memory with the vocabulary in lanes.
+
+  XLA lays an argument out so that padding to tiles of 8 by 128 makes it least;
+  turning it is then free, and not turning it a copy.
+  """
+  def padded(sublanes, lanes):
+    return pl.cdiv(sublanes, 8) * 8 * pl.cdiv(lanes, 128) * 128
+  return padded(width, vocab) < padded(vocab, width)
+
+
 def _memory(rows: int, width: int, tile: int, itemsize: int) -> int:
   """VMEM for two tiles, rows, logits and what is computed of them."""
   lanes = pl.cdiv(width, 128) * 128
@@ -150,7 +163,7 @@ def _memory(rows: int, width: int, tile: int, itemsize: int) -> int:
 
 
 def _kernel(x_ref, norm_ref, rows_ref, *refs, eps, cap, vocab, tile, each,
-            masked, drawn, named):
+            turned, masked, drawn, named):
   refs = list(refs)
   words_ref = refs.pop(0) if masked else None
   key_ref = refs.pop(0) if drawn else None
@@ -173,7 +186,7 @@ def _kernel(x_ref, norm_ref, rows_ref, *refs, eps, cap, vocab, tile, each,
 
   y = y_ref[...]
   logits = lax.dot_general(
-      y, rows_ref[...], (((1,), (1,)), ((), ())),
+      y, rows_ref[...], (((1,), (0 if turned else 1,)), ((), ())),
       precision=lax.Precision.HIGHEST if y.dtype == jnp.float32 else None,
       preferred_element_type=jnp.float32)                        # [B tile]
   if cap is not None:
