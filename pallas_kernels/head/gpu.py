@@ -49,10 +49,6 @@ def proposal_head(x, norm, unembedding, *, eps, count, logits_soft_cap, tokens,
   if allowed is not None:
     raise NotImplementedError(
         "bits of `allowed` are not spread over threads here; use 'xla'")
-  if noise is not None and tokens is not None:
-    raise NotImplementedError(
-        "noise goes by column, and a trimmed vocabulary's are not its ids; "
-        "use 'xla'")
   tiles = pl.cdiv(vocab, _TILE)
   parts = min(tiles, _BLOCKS)
   y = jnp.pad(rms_norm(x, norm, eps), ((0, _WIDE - rows), (0, 0))).T
@@ -65,9 +61,13 @@ def proposal_head(x, norm, unembedding, *, eps, count, logits_soft_cap, tokens,
         [lax.bitcast_convert_type(noise, jnp.int32).T, heat[None]])
     arguments.append(jnp.pad(drawn, ((0, 0), (0, _WIDE - rows))))
     scratch += [plgpu.SMEM((3, _WIDE), jnp.int32), plgpu.Barrier()]
+    if tokens is not None:
+      arguments.append(tokens.astype(jnp.int32))
+      scratch += [plgpu.SMEM((_TILE,), jnp.int32), plgpu.Barrier()]
   kernel = functools.partial(
       _kernel, vocab=vocab, width=width, count=count, tiles=tiles, parts=parts,
-      cap=logits_soft_cap, drawn=noise is not None)
+      cap=logits_soft_cap, drawn=noise is not None,
+      named=noise is not None and tokens is not None)
   out = plgpu.kernel(
       kernel, grid=(parts,), grid_names=("part",), scratch_types=scratch,
       out_type=jax.ShapeDtypeStruct((parts, _STATS + 3 * count, _WIDE),
@@ -81,15 +81,18 @@ def proposal_head(x, norm, unembedding, *, eps, count, logits_soft_cap, tokens,
                     kept[:, :, 1], kept[:, :, 2].astype(jnp.int32)), tokens)
 
 
-def _kernel(*refs, vocab, width, count, tiles, parts, cap, drawn):
+def _kernel(*refs, vocab, width, count, tiles, parts, cap, drawn,
+            named):
   refs = list(refs)
   rows_ref, y_ref = refs[:2]
-  drawn_ref = refs[2] if drawn else None
-  out_ref, kept_ref = refs[2 + drawn:4 + drawn]
+  del refs[:2]
+  drawn_ref = refs.pop(0) if drawn else None
+  ids_ref = refs.pop(0) if named else None
+  out_ref, kept_ref = refs[:2]
   part = lax.axis_index("part")
 
   if drawn:
-    here_ref, barrier = refs[5:]
+    here_ref, barrier = refs[2:4]
     plgpu.copy_gmem_to_smem(drawn_ref, here_ref, barrier)
     plgpu.barrier_wait(barrier)
     key = [_spread(here_ref[n]) for n in range(2)]
@@ -110,7 +113,14 @@ def _kernel(*refs, vocab, width, count, tiles, parts, cap, drawn):
     column = at.astype(jnp.float32)
     scores = logits
     if drawn:
-      noisy = logits / jnp.maximum(heat, COLDEST) + gumbel(*key, at)
+      ids = at
+      if named:
+        tile_ref, barrier = refs[4:]
+        plgpu.copy_gmem_to_smem(ids_ref.at[pl.ds(start, _TILE)], tile_ref,
+                                barrier)
+        plgpu.barrier_wait(barrier)
+        ids = lax.broadcast_in_dim(tile_ref[...], logits.shape, (0,))
+      noisy = logits / jnp.maximum(heat, COLDEST) + gumbel(*key, ids)
       scores = jnp.where(heat > 0, noisy, logits)
     stats, kept = state
     return _add(stats, logits, column), _insert(kept, scores, logits, column)
