@@ -80,13 +80,12 @@ def test_logits_of_any_size():
 
 @pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5p"])
 def test_no_races_and_nothing_read_beyond(kind):
-  races = interpret_pallas_call
   target = Target("tpu", kind, interpret=pltpu.InterpretParams(
       detect_races=True))
   wanted = (dict(masked=True) if kind == "TPU v5p"
             else dict(drawn=True, trimmed=True))
   alike(target, made(6, 2, 128, 300), count=2, **asked(7, 2, 300, **wanted))
-  assert not races.races.races_found
+  assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.parametrize("width", [576, 4096])
