@@ -120,12 +120,7 @@ def warp(logits: Float[Array, "B V"], sampling: Sampling, history: History,
   # Below the floor good tokens would all become infinite, and alike.
   temperature = jnp.where(
       sampled, jnp.maximum(sampling.temperature, _COLDEST), 1)
-  biased = jnp.any(sampling.bias_ids >= 0)
-  penalised = jnp.any((sampling.repetition != 1) | (sampling.presence != 0)
-                      | (sampling.frequency != 0))
-  cut = jnp.any(sampled & (
-      (sampling.top_k > 0) & (sampling.top_k < logits.shape[-1])
-      | (sampling.top_p < 1) | (sampling.min_p > 0)))
+  biased, penalised, cut = _wanted(sampling, logits.shape[-1])
 
   def warped(x):
     x = lax.cond(biased, _add_bias, lambda x, _: x, x, sampling)
@@ -136,6 +131,22 @@ def warp(logits: Float[Array, "B V"], sampling: Sampling, history: History,
 
   return lax.cond(biased | penalised | jnp.any(sampled), warped,
                   lambda logits: logits, logits)
+
+
+def bare(sampling: Sampling, vocab: int) -> Bool[Array, ""]:
+  """Whether no row asks for any warp but a temperature."""
+  biased, penalised, cut = _wanted(sampling, vocab)
+  return ~(biased | penalised | cut)
+
+
+def _wanted(sampling, vocab):
+  """Whether any row asks for a bias, for a penalty, or for a cut."""
+  return (jnp.any(sampling.bias_ids >= 0),
+          jnp.any((sampling.repetition != 1) | (sampling.presence != 0)
+                  | (sampling.frequency != 0)),
+          jnp.any((sampling.temperature > 0) & (
+              (sampling.top_k > 0) & (sampling.top_k < vocab)
+              | (sampling.top_p < 1) | (sampling.min_p > 0))))
 
 
 def draw(logits: Float[Array, "B V"], sampling: Sampling,
@@ -168,6 +179,14 @@ def gumbel(key: Key[Array, "B"], positions: Int[Array, "B"],
   def at(key, position):
     return jax.random.gumbel(jax.random.fold_in(key, position), (vocab,))
   return sharding.constrain(jax.vmap(at)(key, positions), "rows", "vocab")
+
+
+def words(key: Key[Array, "B"], positions: Int[Array, "B N"]
+          ) -> UInt32[Array, "B N _"]:
+  """Of the keys under which `gumbel` draws at some positions of each row, for
+  kernels that draw themselves (`pallas_kernels.noise`)."""
+  fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
+  return jax.random.key_data(fold(key, positions))
 
 
 def coins(key: Key[Array, "B"], positions: Int[Array, "B"],

@@ -7,6 +7,8 @@ Each op is one public function; `implementation=` picks how it is computed.
 from pallas_kernels.attention.op import tree_attention as tree_attention
 from pallas_kernels.attention.words import pack as pack
 from pallas_kernels.attention.words import unpack as unpack
+from pallas_kernels.head.law import Forecast as Forecast
+from pallas_kernels.head.op import proposal_head as proposal_head
 from pallas_kernels.quantized import QArray as QArray
 from pallas_kernels.target import Target as Target
 from pallas_kernels.target import aim as aim
