@@ -195,17 +195,16 @@ def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
 
   total = lax.fori_loop(0, job_ref.shape[0], listed, jnp.int32(0))
 
-  def place(j, buffer, lanes=None):
-    """A window of a buffer, or of a scale."""
+  def place(j, lanes=None):
+    """Where window j is in each buffer, or in each scale."""
     slot = at_ref[jobs_ref[j]]
     size = lanes or window
-    start = pl.multiple_of(slot % room // size * size, size)
-    where = pl.ds(start, size)
-    if lanes or flipped:
-      where = (slice(None),) * (1 if lanes else 2) + (where,)
-    else:
-      where = (slice(None), where, slice(None))
-    return buffer.at[(slot // room, *where)]
+    where = pl.ds(pl.multiple_of(slot % room // size * size, size), size)
+    if lanes:
+      return slot // room, slice(None), where
+    if flipped:
+      return slot // room, slice(None), slice(None), where
+    return slot // room, slice(None), where, slice(None)
 
   def writes(j, act):
     """Acts on each write that goes to a window."""
@@ -230,18 +229,21 @@ def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
 
     @pl.when(jnp.logical_not(whole(j)))
     def _():
+      here = place(j)
       for n, buffer in enumerate(buffers):
-        pltpu.make_async_copy(place(j, buffer), old_ref.at[turn, n],
+        pltpu.make_async_copy(buffer.at[here], old_ref.at[turn, n],
                               sem).start()
 
-    for n, scale in enumerate(scales):
-      pltpu.make_async_copy(place(j, scale, _LANES), scale_ref.at[turn, n],
-                            sem).start()
+    if quantized:
+      here = place(j, _LANES)
+      for n, scale in enumerate(scales):
+        pltpu.make_async_copy(scale.at[here], scale_ref.at[turn, n],
+                              sem).start()
 
     def nodes_of(i):
+      row, node, slot = i // nodes, path_ref[i], at_ref[i] % window
       for n, values in enumerate(fresh):
-        pltpu.make_async_copy(values.at[i // nodes, path_ref[i]],
-                              new_ref.at[turn, at_ref[i] % window, n],
+        pltpu.make_async_copy(values.at[row, node], new_ref.at[turn, slot, n],
                               sem).start()
 
     writes(j, nodes_of)
@@ -265,12 +267,14 @@ def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
     """Begins to write a window back."""
     turn = j % 2
     sem = sems.at[turn, 1]
+    here = place(j)
     for n, buffer in enumerate(buffers):
-      pltpu.make_async_copy(old_ref.at[turn, n], place(j, buffer),
-                            sem).start()
-    for n, scale in enumerate(scales):
-      pltpu.make_async_copy(scale_ref.at[turn, n], place(j, scale, _LANES),
-                            sem).start()
+      pltpu.make_async_copy(old_ref.at[turn, n], buffer.at[here], sem).start()
+    if quantized:
+      here = place(j, _LANES)
+      for n, scale in enumerate(scales):
+        pltpu.make_async_copy(scale_ref.at[turn, n], scale.at[here],
+                              sem).start()
 
   def left(j):
     """Waits until it is written."""
