@@ -15,15 +15,15 @@ computes them, and a TPU's kernels may round them otherwise than XLA does.
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int32, Integer
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 _TINY = float(np.finfo(np.float32).tiny)
 
 
-def bits(first: Int[Array, "*#shape"], second: Int[Array, "*#shape"],
-         index: Int[Array, "*#shape"]) -> Int[Array, "*shape"]:
+def bits(first: Integer[Array, "*#shape"], second: Integer[Array, "*#shape"],
+         index: Integer[Array, "*#shape"]) -> Int32[Array, "*shape"]:
   """The 32 random bits of a key at an index, as an int32.
 
   Threefry-2x32 of 20 rounds (Salmon et al., SC 2011) with the counter
@@ -47,8 +47,8 @@ def bits(first: Int[Array, "*#shape"], second: Int[Array, "*#shape"],
   return a ^ b
 
 
-def gumbel(first: Int[Array, "*#shape"], second: Int[Array, "*#shape"],
-           index: Int[Array, "*#shape"]) -> Float[Array, "*shape"]:
+def gumbel(first: Integer[Array, "*#shape"], second: Integer[Array, "*#shape"],
+           index: Integer[Array, "*#shape"]) -> Float[Array, "*shape"]:
   """Gumbel noise of a key at an index; see `bits` for the arguments."""
   mantissa = bits(first, second, index)
   mantissa = lax.shift_right_logical(mantissa, jnp.full_like(mantissa, 9))

@@ -14,9 +14,8 @@ from pallas_kernels.writeback import gpu, tpu, xla
 _IMPLEMENTATIONS = {"tpu": tpu.commit_kv, "gpu": gpu.commit_kv,
                     "xla": xla.commit_kv}
 
-Buffer = (Float[Array, "B G S K"] | Float[Array, "X G page K"]
-          | Int8[Array, "B G S K"] | Int8[Array, "X G page K"])
-Scale = Float[Array, "B G S"] | Float[Array, "X G page"]
+Buffer = Float[Array, "X G S K"] | Int8[Array, "X G S K"]
+Scale = Float[Array, "X G S"]
 
 
 def commit_kv(
@@ -36,7 +35,7 @@ def commit_kv(
 
   Args:
     buffers: keys and values of any number of layers, in any order, all of one
-      shape and dtype.
+      shape and dtype. X is B, and S the slots of a row.
     fresh: the nodes in flight, one array for each buffer.
     path: of each row, the node of the p-th write.
     slots: the slot it goes to, at least 0; S or more for none. Slots of a row
@@ -44,9 +43,8 @@ def commit_kv(
     scales: of int8 buffers, what their values are to be multiplied by, one
       for each token and head; a node is rounded on its way, the largest of
       its absolute values to 127.
-    paged: buffers are pools of pages, and slot s is slot `s % page` of page
-      `s // page`; X * page or more for none. No slot is written by two rows,
-      and no page by two.
+    paged: buffers are pools of X pages of S slots: slot s is slot `s % S` of
+      page `s // S`, and X * S or more is none. No page is written by two rows.
 
   Returns:
     The buffers, and the scales.

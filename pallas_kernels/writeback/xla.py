@@ -4,7 +4,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Num
 
 from pallas_kernels.writeback.rounding import rounded
 
@@ -23,16 +23,16 @@ def commit_kv(buffers, fresh, path, slots, *, scales, paged):
                 for s, (_, x) in zip(scales, pairs)))
 
 
-def path_nodes(values: Float[Array, "B N G K"],
-               path: Int[Array, "B P"]) -> Float[Array, "B P G K"]:
+def path_nodes(values: Num[Array, "B N G K"],
+               path: Int[Array, "B P"]) -> Num[Array, "B P G K"]:
   """The nodes of each row's path, in order."""
   return jnp.take_along_axis(values, path[:, :, None, None], axis=1)
 
 
 @jax.jit
-def write_slots(buffer: Float[Array, "B G S K"],
-                values: Float[Array, "B P G K"], slots: Int[Array, "B P"]
-                ) -> Float[Array, "B G S K"]:
+def write_slots(buffer: Num[Array, "B G S K"],
+                values: Num[Array, "B P G K"], slots: Int[Array, "B P"]
+                ) -> Num[Array, "B G S K"]:
   """`buffer[b, :, slots[b, p]] = values[b, p]`, in place.
 
   Slots of a row must differ; those of S or more are dropped. A scatter for a
@@ -66,9 +66,9 @@ def write_slots(buffer: Float[Array, "B G S K"],
 
 
 @jax.jit
-def write_pages(pool: Float[Array, "X G page K"],
-                values: Float[Array, "B P G K"], slots: Int[Array, "B P"]
-                ) -> Float[Array, "X G page K"]:
+def write_pages(pool: Num[Array, "X G page K"],
+                values: Num[Array, "B P G K"], slots: Int[Array, "B P"]
+                ) -> Num[Array, "X G page K"]:
   """`pool[slot // page, :, slot % page] = values[b, p]`, in place."""
   page = pool.shape[2]
   return pool.at[slots // page, :, slots % page].set(

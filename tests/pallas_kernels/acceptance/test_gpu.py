@@ -7,6 +7,9 @@ from pallas_kernels import Target, accept_nodes, aim
 from tests.pallas_kernels.acceptance.test_xla import call, check
 
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
 def test_refuses_and_falls_through():
   given, keys = call()
   with pytest.raises(NotImplementedError, match="use it"):

@@ -10,6 +10,9 @@ from pallas_kernels import accept_nodes
 from pallas_kernels.noise import gumbel
 
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
 def call(rows=3, nodes=4, vocab=301, dtype="float32", ratio=True, seed=0):
   """Rows that draw, and greedy ones; all keyword arguments."""
   rng = np.random.default_rng(seed)
