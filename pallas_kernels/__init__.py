@@ -7,6 +7,10 @@ Each op is one public function; `implementation=` picks how it is computed.
 from pallas_kernels.attention.op import tree_attention as tree_attention
 from pallas_kernels.attention.words import pack as pack
 from pallas_kernels.attention.words import unpack as unpack
+from pallas_kernels.matmul.op import fused_mlp as fused_mlp
+from pallas_kernels.matmul.op import quantized_matmul as quantized_matmul
+from pallas_kernels.matmul.op import streamed_matmul as streamed_matmul
+from pallas_kernels.quantized import GroupedQArray as GroupedQArray
 from pallas_kernels.quantized import QArray as QArray
 from pallas_kernels.target import Target as Target
 from pallas_kernels.target import aim as aim
