@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights streamed through VMEM: two tiles in flight, each read once.
 
-The stack stays in HBM. A kernel copies the tiles of one layer itself instead
-of leaving it to a grid's pipeline, for two reasons: where no row is live it
-copies none at all (a pipeline would fetch its first), and a layer is a place
-in the stack, not a slice of it.
+The stack stays in HBM (said aloud: XLA would move a small one, whole, into
+VMEM where it had the choice). A kernel copies the tiles of one layer itself
+instead of leaving it to a grid's pipeline, for two reasons: where no row is
+live it copies none at all (a pipeline would fetch its first), and a layer is a
+place in the stack, not a slice of it.
+
+A matrix `[F D]` whose D does not fill the last of its lanes, as SmolLM2's 576
+does not, is kept by XLA with F along the lanes. Kernels take it so: the
+transposition in front of them costs nothing, whereas they would be handed a
+copy if they did not ask for it.
 """
 
 import functools
@@ -17,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.matmul.activations import ACTIVATIONS
+from pallas_kernels.matmul.activations import IN_KERNELS
 from pallas_kernels.quantized import GroupedQArray, QArray
 from pallas_kernels.target import CHIPS, Target
 
@@ -31,6 +37,8 @@ CHUNK = 1024
 # start of a copy shows.
 TILE = 4 << 20
 PARTS = 8
+# What is not cut into tiles of whole lanes is one tile, up to so many bytes.
+TOY = 1 << 20
 
 
 def streamed_matmul(x, stack, layer, live, *, target: Target):
@@ -38,7 +46,7 @@ def streamed_matmul(x, stack, layer, live, *, target: Target):
   rows, inputs = x.shape
   outputs = stack.shape[1]
   _check("streamed_matmul", x, [stack])
-  tile = _tile("streamed_matmul", outputs, _layer_bytes(stack), target)
+  tile = _tile("streamed_matmul", outputs, _layer_bytes(stack))
   scratch = []
   if isinstance(stack, GroupedQArray):
     resident = [x]
@@ -51,13 +59,14 @@ def streamed_matmul(x, stack, layer, live, *, target: Target):
     scratch = [pltpu.VMEM((parts * _up(rows, 16), inputs), x.dtype)]
     start = functools.partial(_spread, group=stack.group)
     step = functools.partial(_grouped, group=stack.group)
-  elif isinstance(stack, QArray):
-    resident = [x, _row(stack.scale, layer)]
-    streamed = [(stack.values, 0, tile)]
-    start, step = None, _plain
   else:
-    resident, streamed = [x], [(stack, 0, tile)]
-    start, step = None, _plain
+    resident = [x]
+    if isinstance(stack, QArray):
+      resident.append(_row(stack.scale, layer))
+      stack = stack.values
+    turned = _turned(stack)
+    streamed = [_outputs(stack, tile)]
+    start, step = None, functools.partial(_plain, turned=turned)
   return _stream("streamed_matmul", start, step, layer=layer, live=live,
                  resident=resident, streamed=streamed,
                  out=jax.ShapeDtypeStruct((rows, outputs), jnp.float32),
@@ -82,16 +91,16 @@ def fused_mlp(x, norm, gate, up, down, layer, live, *, eps, activation,
     raise NotImplementedError("weights are all arrays, or all QArrays; "
                               "use implementation='xla'")
   size = gate.shape[1]
-  tile = _tile("fused_mlp", size, sum(map(_layer_bytes, weights)), target)
+  tile = _tile("fused_mlp", size, sum(map(_layer_bytes, weights)))
   resident = [x, _row(norm, layer)]
   if isinstance(gate, QArray):
     resident += [_row(w.scale, layer) for w in weights]
     gate, up, down = (w.values for w in weights)
   return _stream(
       "fused_mlp", functools.partial(_norm, eps=eps),
-      functools.partial(_mlp, activation=activation), layer=layer, live=live,
-      resident=resident,
-      streamed=[(gate, 0, tile), (up, 0, tile), (down, 1, tile)],
+      functools.partial(_mlp, activation=activation, turned=_turned(gate)),
+      layer=layer, live=live, resident=resident,
+      streamed=[_outputs(gate, tile), _outputs(up, tile), (down, 1, tile)],
       out=jax.ShapeDtypeStruct(x.shape, jnp.float32),
       scratch=[pltpu.VMEM(x.shape, x.dtype)], target=target,
       finish=_rescale if len(resident) > 2 else None)
@@ -118,6 +127,10 @@ def moved_bytes(x: Any, *stacks: Any, norm: Any = None, outputs: int,
     if isinstance(stack, GroupedQArray) and stack.zero is not None:
       total += 4 * rows * stack.scale.shape[1]
     total += 0 if exited else _layer_bytes(stack)
+    if isinstance(stack, GroupedQArray) and _turned(stack.values):
+      # Two outputs share a byte, so that it cannot be taken as it lies: XLA
+      # copies the stack (where it is the same in every step, before the first).
+      total += 2 * math.prod(stack.values.shape)
   return total
 
 
@@ -206,7 +219,7 @@ def _stream(op, start, step, *, layer, live, resident, streamed, out, scratch,
           num_scalar_prefetch=1, grid=(1,),
           in_specs=[pl.BlockSpec(x.shape, lambda i, head, n=x.ndim: (0,) * n)
                     for x in resident]
-          + [pl.BlockSpec(memory_space=pl.ANY)] * len(streamed),
+          + [pl.BlockSpec(memory_space=pltpu.HBM)] * len(streamed),
           out_specs=pl.BlockSpec(out.shape, lambda i, head: (0, 0)),
           scratch_shapes=[*buffers,
                           pltpu.SemaphoreType.DMA((len(streamed), 2)),
@@ -220,12 +233,11 @@ def _stream(op, start, step, *, layer, live, resident, streamed, out, scratch,
 # Steps: what is done with a tile.
 
 
-def _plain(i, inside, tiles, out, own):
+def _plain(i, inside, tiles, out, own, *, turned):
   """A tile of outputs, of plain or of eight-bit weights."""
   x, *scale = inside
-  tile, = tiles
-  y = _product(x, tile)
-  at = pl.ds(pl.multiple_of(i * tile.shape[0], tile.shape[0]), tile.shape[0])
+  y = _product(x, tiles[0], turned)
+  at = pl.ds(pl.multiple_of(i * y.shape[1], y.shape[1]), y.shape[1])
   out[:, at] = y if not scale else y * scale[0][:, at]
 
 
@@ -238,7 +250,7 @@ def _spread(inside, out, own, *, group):
   x, (spread,) = inside[0], own
   rows = x.shape[0]
   step = _up(rows, 16)
-  part = lax.broadcasted_iota(jnp.int32, x.shape, 1) // group
+  part = lax.div(lax.broadcasted_iota(jnp.int32, x.shape, 1), group)
   for j in range(LANES // group):
     mine = lax.rem(part, LANES // group) == j
     spread[j * step:j * step + rows, :] = jnp.where(
@@ -265,7 +277,9 @@ def _grouped(i, inside, tiles, out, own, *, group):
     return y
 
   y = jnp.zeros((rows, size), jnp.float32)
-  many = CHUNK // LANES
+  # Fewer at a time where the groups' sums fill the registers.
+  many = max(1, CHUNK // LANES // (1 if parts * step <= 64 else 4))
+  many_inputs = many * LANES
 
   def block(c, y):
     for k in range(many):
@@ -273,16 +287,14 @@ def _grouped(i, inside, tiles, out, own, *, group):
       y = add(y, pl.multiple_of(chunk * LANES, LANES), LANES, chunk)
     return y
 
-  blocks = inputs // CHUNK
+  blocks = inputs // many_inputs
   if blocks:
     y = lax.fori_loop(0, blocks, block, y)
-  for at in range(blocks * CHUNK, inputs, LANES):
+  for at in range(blocks * many_inputs, inputs, LANES):
     y = add(y, at, min(LANES, inputs - at), at // LANES)
   if zero:
     shift = zero[0][...].astype(jnp.float32) * scale[...]
-    y = y - lax.dot_general(sums[0][...], shift, (((1,), (0,)), ((), ())),
-                            precision=lax.Precision.HIGHEST,
-                            preferred_element_type=jnp.float32)
+    y = y - _dot(sums[0][...], shift, 0)
   out[:, pl.ds(pl.multiple_of(i * size, size), size)] = y
 
 
@@ -295,17 +307,18 @@ def _norm(inside, out, own, *, eps):
   out[...] = jnp.zeros_like(out)
 
 
-def _mlp(i, inside, tiles, out, own, *, activation):
+def _mlp(i, inside, tiles, out, own, *, activation, turned):
   """A tile of hidden values, from the normed rows to the sums."""
   _, _, *scales = inside
   normed, = own
   gate_tile, up_tile, down_tile = tiles
-  size = gate_tile.shape[0]
+  gate = _product(normed, gate_tile, turned)
+  up = _product(normed, up_tile, turned)
+  size = gate.shape[1]
   at = pl.ds(pl.multiple_of(i * size, size), size)
-  gate, up = _product(normed, gate_tile), _product(normed, up_tile)
   if scales:
     gate, up = gate * scales[0][:, at], up * scales[1][:, at]
-  hidden = (ACTIVATIONS[activation](gate) * up).astype(normed.dtype)
+  hidden = (IN_KERNELS[activation](gate) * up).astype(normed.dtype)
   for start, stop in _chunks(out.shape[1]):
     out[:, start:stop] += _dot(
         hidden, down_tile[start:stop, :].astype(hidden.dtype))
@@ -315,22 +328,37 @@ def _rescale(inside, out, own):
   out[...] *= inside[4][...]
 
 
-def _product(x, tile):
-  """`x @ tile.T`, chunk by chunk of the inputs."""
-  y = jnp.zeros((x.shape[0], tile.shape[0]), jnp.float32)
+def _product(x, tile, turned):
+  """`x @ tile.T`, or `x @ tile`, chunk by chunk of the inputs."""
+  y = jnp.zeros((x.shape[0], tile.shape[1 if turned else 0]), jnp.float32)
   for start, stop in _chunks(x.shape[1]):
-    y += _dot(x[:, start:stop], tile[:, start:stop].astype(x.dtype))
+    w = tile[start:stop, :] if turned else tile[:, start:stop]
+    y += _dot(x[:, start:stop], w.astype(x.dtype), 0 if turned else 1)
   return y
 
 
-def _dot(x, w):
+def _dot(x, w, inputs=1):
+  """The product over axis 1 of `x` and axis `inputs` of `w`."""
   precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  return lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=precision,
+  return lax.dot_general(x, w, (((1,), (inputs,)), ((), ())),
+                         precision=precision,
                          preferred_element_type=jnp.float32)
 
 
 def _chunks(size):
   return [(at, min(at + CHUNK, size)) for at in range(0, size, CHUNK)]
+
+
+def _turned(stack):
+  """Whether XLA keeps a layer `[F D]` with F along the lanes."""
+  return stack.shape[-1] % LANES != 0 and stack.shape[-2] % LANES == 0
+
+
+def _outputs(stack, tile):
+  """A stack of layers to be streamed by outputs, as `_stream` takes it."""
+  if _turned(stack):
+    return jnp.swapaxes(stack, 1, 2), 1, tile
+  return stack, 0, tile
 
 
 def _row(stack, layer):
@@ -361,11 +389,10 @@ def _check(op, x, weights):
           "use implementation='xla'")
 
 
-def _tile(op, outputs, layer_bytes, target):
+def _tile(op, outputs, layer_bytes):
   """Outputs a tile: the most of 128, 256 ... that divide them and are small."""
   if outputs % LANES:
-    # One tile, for toys: the sums of a ragged one would hold what lies behind.
-    if layer_bytes <= TILE:
+    if layer_bytes <= TOY:
       return outputs
     raise NotImplementedError(
         f"{op} takes outputs by the {LANES}, got {outputs}; "
