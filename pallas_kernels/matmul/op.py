@@ -13,13 +13,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.matmul import tpu, xla
+from pallas_kernels.matmul import gpu, tpu, xla
 from pallas_kernels.quantized import GroupedQArray, QArray
 from pallas_kernels.target import Implementation
 
-_STREAMED = {"tpu": tpu.streamed_matmul, "xla": xla.streamed_matmul}
-_QUANTIZED = {"tpu": tpu.quantized_matmul, "xla": xla.quantized_matmul}
-_FUSED = {"tpu": tpu.fused_mlp, "xla": xla.fused_mlp}
+_STREAMED = {"tpu": tpu.streamed_matmul, "gpu": gpu.streamed_matmul,
+             "xla": xla.streamed_matmul}
+_QUANTIZED = {"tpu": tpu.quantized_matmul, "gpu": gpu.quantized_matmul,
+              "xla": xla.quantized_matmul}
+_FUSED = {"tpu": tpu.fused_mlp, "gpu": gpu.fused_mlp, "xla": xla.fused_mlp}
 
 
 def streamed_matmul(
