@@ -11,6 +11,11 @@ from pallas_kernels.attention.words import pack as pack
 from pallas_kernels.attention.words import unpack as unpack
 from pallas_kernels.head.law import Forecast as Forecast
 from pallas_kernels.head.op import proposal_head as proposal_head
+from pallas_kernels.matmul.op import fused_mlp as fused_mlp
+from pallas_kernels.matmul.op import quantized_matmul as quantized_matmul
+from pallas_kernels.matmul.op import streamed_matmul as streamed_matmul
+from pallas_kernels.matmul.stream import early_exit_stream as early_exit_stream
+from pallas_kernels.quantized import GroupedQArray as GroupedQArray
 from pallas_kernels.quantized import QArray as QArray
 from pallas_kernels.target import Target as Target
 from pallas_kernels.target import aim as aim
