@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
-from jaxspec import sharding
+from jaxspec import kernels, sharding
 from jaxspec.caches import Place
 from jaxspec.caches.contiguous import ContiguousCache
 from jaxspec.heads.base import Ids, Spots, ascending, beside, dtype_of
@@ -37,7 +37,7 @@ from jaxspec.models.transformer import (
   project,
   random_source,
 )
-from pallas_kernels import Forecast, aim, proposal_head
+from pallas_kernels import Forecast, proposal_head
 
 
 class Attention(nnx.Module):
@@ -151,10 +151,9 @@ class ExitHead(Transformer):
 
     It is where a kernel can be had; a CPU makes logits as quickly.
     """
-    target, rows = aim.value, self.sayable(model)
-    return (target is not None and target.platform in ("tpu", "gpu")
-            and sharding.current() is None and isinstance(rows, jax.Array)
-            and count <= len(rows))
+    rows = self.sayable(model)
+    return (kernels.wanted() and sharding.current() is None
+            and isinstance(rows, jax.Array) and count <= len(rows))
 
   def forecast(self, model: Transformer, x: Float[Array, "B T D"], count: int,
                noise: UInt32[Array, "B T 2"], temperature: Float[Array, "B"]

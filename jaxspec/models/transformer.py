@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from jaxspec import sharding
+from jaxspec import kernels, sharding
 from jaxspec.caches import Cache, Fresh, Place
 from jaxspec.models import layers, moe
 from jaxspec.models.layers import Rope
@@ -279,9 +279,7 @@ _FEW = 64
 
 
 def _takes_kernel(block, x, c):
-  target = pallas_kernels.aim.value
-  return (target is not None and target.platform in ("tpu", "gpu")
-          and x.shape[0] * x.shape[1] <= _FEW and not c.experts
+  return (kernels.wanted() and x.shape[0] * x.shape[1] <= _FEW and not c.experts
           and all(isinstance(w[...], jax.Array)
                   for w in (block.gate, block.up, block.down)))
 

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxspec import kernels
 from jaxspec.base import Proposal, Verdict
 from jaxspec.sampling import Laws
-from pallas_kernels import aim
-from pallas_kernels.dispatch import KERNELS
 
 
 def exact(proposal: Proposal, laws: Laws) -> Verdict:
@@ -45,8 +44,7 @@ def exact(proposal: Proposal, laws: Laws) -> Verdict:
 
 def _kernels(laws: Laws) -> bool:
   """Whether the target has kernels, which make noise as jax does by default."""
-  target = aim.value
-  return (target is not None and target.platform in KERNELS
+  return (kernels.wanted()
           and str(jax.random.key_impl(laws.sampling.key)) == "threefry2x32"
           and jax.config.jax_threefry_partitionable)
 
