@@ -8,11 +8,12 @@ the token's window.
 
 from jaxtyping import Array, Float, Int, Int8, UInt32
 
-from pallas_kernels.attention import tpu, xla
+from pallas_kernels.attention import gpu, tpu, xla
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.target import Implementation
 
-_IMPLEMENTATIONS = {"tpu": tpu.tree_attention, "xla": xla.tree_attention}
+_IMPLEMENTATIONS = {"tpu": tpu.tree_attention, "gpu": gpu.tree_attention,
+                    "xla": xla.tree_attention}
 
 # Committed keys or values: a buffer a row, or a pool of pages.
 Committed = (Float[Array, "B G S K"] | Float[Array, "X G page K"]
