@@ -31,6 +31,8 @@ from tests.pallas_kernels.attention.definition import (
     reference,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 V5E = Target("tpu", "TPU v5 lite", interpret=True)
 RACES = Target("tpu", "TPU v5 lite",
                interpret=pltpu.InterpretParams(detect_races=True))
@@ -66,56 +68,46 @@ def plan(arrays, places, target=V5E):
                    places["slot_positions"].shape[1], False, False, target)
 
 
-@pytest.mark.parametrize("slots, size, blocks, slots_minor", [
-    (5, 8, 1, False), (77, 128, 1, False), (256, 128, 2, False),
-    (300, 16, 1, True), (384, 16, 3, True)])
-@pytest.mark.parametrize("options", [
-    {}, {"window": 70, "logits_soft_cap": 1.5}])
+@pytest.mark.parametrize("slots, size, blocks, slots_minor, options", [
+    (77, 128, 1, False, {}), (256, 128, 2, False, {}),
+    (300, 16, 1, True, {}), (384, 16, 2, True, {}),
+    (384, 16, 2, True, {"window": 70, "logits_soft_cap": 1.5})])
 def test_prefixes(slots, size, blocks, slots_minor, options, monkeypatch):
   monkeypatch.setattr(tpu, "_COPY_BYTES", 1)
   arrays, places = case(slots, size=size)
   found = plan(arrays, places)
   assert (found.blocks, found.slots_minor) == (blocks, slots_minor)
-  # Same program; rows that end within, at and behind blocks, or hold nothing.
+  # Same program; rows that end within, at and behind blocks, or hold nothing;
+  # slots that are held in any order.
   for lengths in (None, [0, 0, 0, 0], [slots, 0, 0, 1],
                   [0, slots // 3, slots // 2 + 1, 3]):
     check(*case(slots, lengths, size=size), **options)
+    check(*case(slots, lengths, size=size, ring=True), **options)
 
 
-def test_slots_in_any_order():
-  for options in ({}, {"window": 11}):
-    check(*case(256, [0, 7, 253, 256], ring=True, size=128), **options)
-    check(*case(384, [0, 7, 253, 256], ring=True, size=16), **options)
-
-
-@pytest.mark.parametrize("target", [
-    V5E, Target("tpu", "TPU v5", interpret=True)])
-@pytest.mark.parametrize("rows", [2048, 24])
-def test_heads_and_tokens_are_split(target, rows, monkeypatch):
+@pytest.mark.parametrize("target, rows, options", [
+    (V5E, 2048, {}), (V5E, 24, {"window": 9}),
+    (Target("tpu", "TPU v5", interpret=True), 24, {})])
+def test_heads_and_tokens_are_split(target, rows, options, monkeypatch):
   """Over steps and cores; masks of two words, one for each row."""
   monkeypatch.setattr(tpu, "_ROWS", rows)
   arrays, places = case(256, heads=4, groups=4, tokens=37, nodes=40, start=2,
                         by_row=True, size=128)
   found = plan(arrays, places, target)
-  cores = 2 if target.kind == "TPU v5" else 1
   assert (found.cores, found.heads, found.tokens) == (
-      (cores, 4 // cores, 37) if rows > 24 else (cores, 1, 16))
-  for options in ({}, {"window": 9}):
-    check(arrays, places, target=target, **options)
+      2 if target.kind == "TPU v5" else 1, *((4, 37) if rows > 24 else (1, 16)))
+  check(arrays, places, target=target, **options)
 
 
 def test_more_nodes_than_lanes():
-  check(*case(20, tokens=3, nodes=150, start=140))
-
-
-def test_tokens_that_first_see_a_late_node():
-  """The maximum is that of what is seen."""
-  arrays, places = case(20, [0] * 4, tokens=150, nodes=150, start=0)
-  places["mask"] = np.eye(150, dtype=bool)
+  """Some see themselves alone, and nothing before that."""
+  arrays, places = case(20, [0, 9, 0, 20], tokens=10, nodes=150, start=140)
+  check(arrays, places)
+  places["mask"] = np.eye(150, dtype=bool)[140:]
   check(arrays, places)
 
 
-@pytest.mark.parametrize("page, size", [(4, 8), (16, 128), (128, 16)])
+@pytest.mark.parametrize("page, size", [(16, 128), (128, 16)])
 def test_pages(page, size):
   """In any order. A page that no row holds is not even looked up."""
   slots = page * 6
@@ -129,10 +121,9 @@ def test_pages(page, size):
     np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
-def test_eight_bits(dtype):
+def test_eight_bits():
   arrays, places = case(256, size=128)
-  stored, scales, meant = eight_bits(arrays, np.random.default_rng(1), dtype)
+  stored, scales, meant = eight_bits(arrays, np.random.default_rng(1))
   # The scale of a free slot is left over too.
   free = jnp.asarray(places["slot_positions"] < 0)[:, None]
   scales = {n: jnp.where(free, jnp.nan, x) for n, x in scales.items()}
@@ -185,7 +176,7 @@ def test_no_race_and_no_read_out_of_bounds(page, monkeypatch):
 
 def test_any_lengths():
   """Of one program: what rows hold, and how far back they see."""
-  @settings(max_examples=15, deadline=None, derandomize=True)
+  @settings(max_examples=12, deadline=None, derandomize=True)
   @given(st.lists(st.integers(0, 256), min_size=4, max_size=4),
          st.booleans(), st.integers(0, 100))
   def run(lengths, ring, seed):
