@@ -76,4 +76,5 @@ def tree_attention(
       query, key, value, fresh_key, fresh_value,
       slot_positions=slot_positions, positions=positions,
       fresh_positions=fresh_positions, seen=seen, scale=scale,
-      key_scale=key_scale, value_scale=value_scale, table=table, window=window, logits_soft_cap=logits_soft_cap)
+      key_scale=key_scale, value_scale=value_scale, table=table,
+      window=window, logits_soft_cap=logits_soft_cap)

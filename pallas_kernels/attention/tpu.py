@@ -131,8 +131,7 @@ def _plan(query_shape, key_shape, dtype, slots, paged, scales, target):
                  if most % n == 0 and (n == 1 or n * tokens * share <= _ROWS))
   if together * tokens * share > _ROWS:
     tokens = max(16, _ROWS // share // 16 * 16)
-  slots_minor = size < _LANES and (
-      size * -(-unit // _LANES) < unit)
+  slots_minor = size < _LANES and size * -(-unit // _LANES) < unit
   padded = size if slots_minor else -(-size // _LANES) * _LANES
   # Where a copy may begin, in slots.
   tile = _LANES if slots_minor or scales else 32 // dtype.itemsize
@@ -149,13 +148,10 @@ def _plan(query_shape, key_shape, dtype, slots, paged, scales, target):
       raise NotImplementedError(
           f"{slots} slots of {dtype}: more than {_UNALIGNED} must be a "
           f"multiple of {tile}; use 'xla', or caches of such a capacity")
-  rows_together = together * tokens * share
-  block = min(_BLOCK_BYTES // slot_bytes,
-              _SCORES // max(rows_together // together, 16), 1024)
+  block = min(_BLOCK_BYTES // slot_bytes, _SCORES // max(tokens * share, 16),
+              1024)
   units = max(1, min(block // unit, slots // unit))
-  if unit % tile and not (paged and scales and not slots_minor):
-    units = 1
-  if paged and scales and unit % _LANES:
+  if unit % tile:
     units = 1
   return Plan(cores, together, tokens, unit, units,
               -(-slots // (unit * units)), slots_minor)
@@ -171,8 +167,8 @@ def _check(query, key, value, fresh_key, fresh_value):
         f"fresh keys of {fresh_key.dtype} where products are in {dtype}: cast "
         "them, or use 'xla'")
   if dtype not in (jnp.float32, jnp.bfloat16):
-    raise NotImplementedError(f"products in {dtype}; a TPU has float32 and "
-                              "bfloat16")
+    raise NotImplementedError(f"products in {dtype}: a TPU has float32 and "
+                              "bfloat16; use 'xla'")
 
 
 def _padded(nodes):
@@ -212,14 +208,12 @@ def _attend(query, key, value, fresh_key, fresh_value, slot_positions,
         oldest[..., None].astype(jnp.int32)], axis=-1)
   sights = jnp.repeat(sights, share, axis=1)                   # [_ T*R W]
 
-  # What of each row is walked: its first block, the units up to its last
-  # slot, and up to which block all slots are held, so that none is masked.
+  # What of each row is walked: its first block, and the units up to its last
+  # slot. And up to which block all slots are held, so that none is masked.
   slot = lax.broadcasted_iota(jnp.int32, held.shape, 1)
   units = -(-jnp.max(jnp.where(wanted, slot + 1, 0), axis=1) // plan.unit)
   begin = jnp.min(jnp.where(wanted, slot, slots), axis=1) // plan.block
   whole = jnp.min(jnp.where(held, slots, slot), axis=1) // plan.block
-  if window is not None:
-    whole = jnp.zeros_like(whole)
   begin = jnp.minimum(begin, -(-units // plan.units))
   spans = jnp.stack([begin, units, whole]).astype(jnp.int32)
   padded = plan.blocks * plan.block - slots
@@ -416,12 +410,13 @@ def _kernel(spans, *refs, at, steps, rows, plan, scale, window, cap, dtype,
       s = jnp.where(visible, scored(s, scale), _LEAST)
       add(head, s, fresh_values[0, head, some])
 
-  def attend(slot, masked):
+  def attend(slot, whole):
     at = helds[slot]                                           # [1 block]
-    if masked:
-      visible = at >= 0
-      if window is not None:
-        visible = visible & (at > oldest())
+    visible = None if whole else at >= 0
+    if window is not None:
+      seen = at > oldest()
+      visible = seen if whole else visible & seen
+    if not whole:
       if plan.slots_minor:
         held = at >= 0
       else:
@@ -438,8 +433,9 @@ def _kernel(spans, *refs, at, steps, rows, plan, scale, window, cap, dtype,
         key, value = key.astype(dtype), value.astype(dtype)
       s = dot(queries[0, head], key, ((1,), (0 if plan.slots_minor else 1,)))
       s = scored(s, factor)
-      if masked:
+      if visible is not None:
         s = jnp.where(visible, s, _LEAST)
+      if not whole:
         # A zero probability does not hide a NaN that lay there before.
         value = jnp.where(held, value.astype(jnp.float32), 0).astype(dtype)
         if scales:
@@ -455,11 +451,8 @@ def _kernel(spans, *refs, at, steps, rows, plan, scale, window, cap, dtype,
       follow(1 - slot)
     each(lambda copy: copy.wait(), part, row, index, slot, units)
     whole = index < spans[2 * rows + row]
-    if window is None:
-      pl.when(whole)(lambda: attend(slot, False))
-      pl.when(~whole)(lambda: attend(slot, True))
-    else:
-      attend(slot, True)
+    pl.when(whole)(lambda: attend(slot, True))
+    pl.when(~whole)(lambda: attend(slot, False))
     return 1 - slot
 
   @pl.when(begin >= end)
