@@ -100,6 +100,13 @@ def support(settings: Any) -> int:
   answers = lib.ask_all(case.collect(settings.op))
   print(lib.table(answers))
   _write(settings.json, lib.records(answers))
+  if settings.readme:
+    file = pathlib.Path(settings.readme)
+    try:
+      text = file.read_text(encoding="utf-8")
+    except OSError as e:
+      raise InputError(f"--readme={file} cannot be read ({e.strerror})") from e
+    file.write_text(lib.insert(text, lib.table(answers)), encoding="utf-8")
   return 0
 
 
@@ -120,6 +127,9 @@ def define_flags(command: str, values: flags.FlagValues) -> None:
     return
   flags.DEFINE_string("json", None, "a file for all that is found",
                       flag_values=values)
+  if command == "support":
+    flags.DEFINE_string("readme", None, "a file in which the table is renewed, "
+                        "between its marks", flag_values=values)
   if command == "compile":
     flags.DEFINE_list("topologies", ["v5e", "v5p", "v6e", "tpu7x"],
                       "generations of TPUs", flag_values=values)

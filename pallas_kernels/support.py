@@ -7,6 +7,7 @@ implementation takes it, or gives its reason.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.case import Case
+from pallas_kernels.errors import InputError
 from pallas_kernels.target import Target, aim
 
 TARGETS = {"tpu": Target("tpu", "TPU v5 lite"),
            "gpu": Target("gpu", "NVIDIA H100 80GB HBM3"),
            "xla": Target("cpu", "cpu")}
 DTYPES = ("float32", "float16")
+BEGIN, END = "<!-- support -->", "<!-- end of support -->"
+# What names of cases begin with.
+_MODEL = re.compile(
+    r"^(smollm2-135m|llama3-8b|llama3-70b(/8| of 8| of tp 8|, one of 8)?),? +")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,32 +89,53 @@ def records(answers: Sequence[Answer]) -> list[dict[str, Any]]:
 
 
 def table(answers: Sequence[Answer]) -> str:
-  """In Markdown; reasons stand below it, numbered."""
+  """In Markdown; reasons stand below it, numbered.
+
+  What is answered alike for all models is one row.
+  """
   names = list(TARGETS)
   lines = ["| op | | " + " | ".join(names) + " |",
            "|---|---|" + "---|" * len(names)]
-  by_probe: dict[tuple[str, str], dict[str, Answer]] = {}
-  for answer in answers:
-    by_probe.setdefault((answer.op, answer.probe), {})[
-        answer.implementation] = answer
   reasons: list[str] = []
-  for (op, probe), said in by_probe.items():
-    cells = []
-    for name in names:
-      answer = said[name]
-      if answer.taken is None:
-        cells.append("")
-      elif answer.taken:
-        cells.append("yes")
-      else:
-        if answer.reason not in reasons:
-          reasons.append(answer.reason)
-        cells.append(f"no ({reasons.index(answer.reason) + 1})")
-    lines.append(f"| {op} | {probe} | " + " | ".join(cells) + " |")
+  said: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {}
+  for op, probe in dict.fromkeys((a.op, a.probe) for a in answers):
+    cells = {a.implementation: _cell(a, reasons)
+             for a in answers if (a.op, a.probe) == (op, probe)}
+    said.setdefault((op, _MODEL.sub("", probe)), {})[probe] = tuple(
+        cells[name] for name in names)
+  for (op, what), by_probe in said.items():
+    if len(set(by_probe.values())) == 1:
+      by_probe = {what: next(iter(by_probe.values()))}
+    lines += [f"| {op} | {probe} | " + " | ".join(cells) + " |"
+              for probe, cells in by_probe.items()]
   if reasons:
     lines.append("")
     lines += [f"{i}. {reason}" for i, reason in enumerate(reasons, 1)]
   return "\n".join(lines)
+
+
+def insert(text: str, shown: str) -> str:
+  """Puts a table between the marks in a README.
+
+  Raises:
+    InputError: there are no marks.
+  """
+  before, begin, rest = text.partition(BEGIN)
+  _, end, after = rest.partition(END)
+  if not begin or not end:
+    raise InputError(f"the file has no lines {BEGIN!r} and {END!r} for the "
+                     "table to stand between")
+  return f"{before}{begin}\n{shown}\n{end}{after}"
+
+
+def _cell(answer: Answer, reasons: list[str]) -> str:
+  if answer.taken is None:
+    return ""
+  if answer.taken:
+    return "yes"
+  if answer.reason not in reasons:
+    reasons.append(answer.reason)
+  return f"no ({reasons.index(answer.reason) + 1})"
 
 
 def _bare(message: str, op: str, implementation: str) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels import floors, support
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.errors import InputError
 from pallas_kernels.target import CHIPS, Chip
 from tests.pallas_kernels import samples
 
@@ -58,6 +59,25 @@ def test_support_is_what_the_dispatcher_says():
       "| bump | small, bump 8, float16 | no (2) | no (1) | yes |", "",
       "1. rows below 64; use xla",
       "2. no TPU has float16; use bfloat16, or xla"]
+
+
+def test_models_that_are_answered_alike_are_one_row():
+  answers = [a for name, case in (
+      ("smollm2-135m, bump 8", samples.case()),
+      ("llama3-70b, one of 8, bump 8", samples.case()),
+      ("smollm2-135m wide, bump 8", samples.case()),
+      ("llama3-8b wide, bump 8", samples.case(dtype="float16")))
+             for a in support.ask(case, name)]
+  assert [line.split("|")[2].strip()
+          for line in support.table(answers).splitlines()[2:5]] == [
+              "bump 8", "smollm2-135m wide, bump 8", "llama3-8b wide, bump 8"]
+
+
+def test_a_table_in_a_readme():
+  text = f"a\n{support.BEGIN}\nold\n{support.END}\nb\n"
+  assert support.insert(text, "new") == text.replace("old", "new")
+  with pytest.raises(InputError, match="has no lines '<!-- support -->'"):
+    support.insert("a", "new")
 
 
 def test_an_implementation_that_is_not_there():
