@@ -31,8 +31,14 @@ def signs(logits: Float[Array, "*rows V"]) -> Float[Array, "*rows 3"]:
   top = jnp.max(p, axis=-1)
   next_ = jnp.max(jnp.where(at == best, 0.0, p), axis=-1)
   entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
-  most = np.log(max(logits.shape[-1], 2))
-  return jnp.stack([top, top - next_, 1 - entropy / most], axis=-1)
+  return told(top, top - next_, entropy, logits.shape[-1])
+
+
+def told(top: Float[Array, "*rows"], margin: Float[Array, "*rows"],
+         entropy: Float[Array, "*rows"], count: int
+         ) -> Float[Array, "*rows 3"]:
+  """What `signs` gives, of a law over `count` tokens of which this is known."""
+  return jnp.stack([top, margin, 1 - entropy / np.log(max(count, 2))], axis=-1)
 
 
 def features(found: Any, place: Any) -> list[Any]:
@@ -66,7 +72,14 @@ def confidence(logits: Float[Array, "B V"], measure: str,
     place: of the token in its answer, from 0; for `learned`.
     coefficients: as many as `COEFFICIENTS`; for `learned`.
   """
-  found = signs(logits)
+  return sureness(signs(logits), measure, place, coefficients)
+
+
+def sureness(found: Float[Array, "B 3"], measure: str,
+             place: Int[Array, "B"] | None = None,
+             coefficients: Float[Array, "F"] | None = None
+             ) -> Float[Array, "B"]:
+  """The same, of what `signs` gave."""
   if measure != "learned":
     return found[:, MEASURES.index(measure)]
   if place is None or coefficients is None:

@@ -37,6 +37,7 @@ from jaxspec.base import DecodeState, Drafter, Emission, Verifier
 from jaxspec.drift import DriftMonitor
 from jaxspec.errors import InputError, nearest
 from jaxspec.first_tokens import FirstTokens
+from jaxspec.kernels import choose, on
 from jaxspec.models.transformer import Source, Transformer, abstract_source
 from jaxspec.options import Options, as_request
 from jaxspec.pacing import Meter
@@ -72,6 +73,7 @@ class Generator:
                prefill: str = "chunk_major",
                first_tokens: FirstTokens | None = None,
                mesh: jax.sharding.Mesh | None = None,
+               kernels: str | None = None,
                eos_ids: Sequence[int] = (),
                defaults: Mapping[str, Any] | None = None,
                adapter: str = ""):
@@ -92,6 +94,7 @@ class Generator:
       first_tokens: what answers mostly begin with, shown by `stream` while
         the prompt is not read yet.
       mesh: where the model lies.
+      kernels: what programs are made of, see `jaxspec.kernels.choose`.
       eos_ids: the model's own end tokens.
       defaults: the checkpoint's generation config.
       adapter: the name of what was merged into the model, for statistics.
@@ -103,6 +106,7 @@ class Generator:
     self.capacity = min(2048, context) if capacity is None else capacity
     self.model, self.tokenizer, self.rows = model, tokenizer, rows
     self.mesh = sharding.make_mesh() if mesh is None else mesh
+    self._target = choose(kernels, self.mesh)
     self.eos_ids = tuple(eos_ids)
     self.adapter = adapter
     self.defaults = dict(defaults or {})
@@ -263,7 +267,7 @@ class Generator:
     waiting = deque(self._answers(prompts, options, chat))
     active: list[Answer | None] = [None] * self.rows
     finished: dict[int, Completion] = {}
-    with self._batch(), jax.set_mesh(self.mesh):
+    with self._batch(), self._here():
       state = self._take_state()
       while waiting or any(active):
         state = self._fill(state, active, waiting)
@@ -292,7 +296,7 @@ class Generator:
     """
     (answer,) = self._answers([prompt], options, chat)
     with self._batch():
-      with jax.set_mesh(self.mesh):
+      with self._here():
         state = self._take_state()
       held = hold_until_settled
       if self.first_tokens and not held:
@@ -300,16 +304,16 @@ class Generator:
       if self.prefill == "layer_major" and not held:
         state = yield from self._show(answer, state)
       else:
-        with jax.set_mesh(self.mesh):
+        with self._here():
           state = self._fill(state, [None] * self.rows, deque([answer]))
       yield from answer.take(_View(state), 0)
       while (self._meter or held) and not answer.completion:
-        with jax.set_mesh(self.mesh):
+        with self._here():
           state = self._decode(state, 1, True)
         yield from answer.take(_View(state), 0)
       steps = self._loop.stream(self.model, self.drafter, self.verifier, state)
       while not answer.completion:
-        with jax.set_mesh(self.mesh):       # not while the caller has control
+        with self._here():       # not while the caller has control
           emission, state = next(steps)
         if emission.settled:
           yield from answer.take(_View(state), 0)
@@ -318,27 +322,27 @@ class Generator:
           drafted = np.asarray(emission.tokens)[0, :count].tolist()
           yield from answer.guess(drafted)
       self.drift.add(answer.completion.stats)
-      with jax.set_mesh(self.mesh):
+      with self._here():
         self._state = loop.release(state, np.ones(self.rows, bool))
 
   def _show(self, answer: Answer, state: DecodeState
             ) -> Yielding[TextEvent, None, DecodeState]:
     """Reads a prompt, yielding what may come first before it is settled."""
     start = time.perf_counter()
-    with jax.set_mesh(self.mesh):
+    with self._here():
       rows, *prompt = self._prompts([0], [answer], self._bucket(answer))
       seen = self._glimpse(*prompt)
     steps = opening.unfold(self.model, self.drafter, seen)
     shown = 0
     while seen.proposal is None:
-      with jax.set_mesh(self.mesh):       # not while the caller has control
+      with self._here():       # not while the caller has control
         emission, seen = next(steps)
         count = int(emission.count[0])
         drafted = np.asarray(emission.tokens)[0, :count].tolist()
       if count > shown:
         shown = count
         yield from answer.guess(drafted)
-    with jax.set_mesh(self.mesh):
+    with self._here():
       state, _ = self._open(state, rows, seen)
       jax.block_until_ready(state)
     answer.begun(time.perf_counter() - start)
@@ -353,6 +357,10 @@ class Generator:
                               ("heads", "layer", "layers", "guess"))
     return layer_stream.build(self.model, self.mesh, **settings,
                               cache_dtype=self.cache_dtype.name)
+
+  def _here(self) -> contextlib.AbstractContextManager[None]:
+    """Within, programs are for the devices of this generator."""
+    return on(self.mesh, self._target)
 
   @contextlib.contextmanager
   def _batch(self) -> Iterator[None]:

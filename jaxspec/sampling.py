@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from jaxspec import sharding
+from pallas_kernels import accept_nodes
 
 _COLDEST, _LEAST_MASS = 1e-30, 1e-30
 _BLOCK = 128                     # of logits, of which the maximum is taken
@@ -91,6 +92,48 @@ class Laws:
     position = jnp.take_along_axis(self.positions, node[:, None], axis=1)
     return draw(self.at(node), self.sampling, position[:, 0])
 
+  def plain(self) -> Bool[Array, ""]:
+    """Whether no row asks for a warp but temperature."""
+    biased, penalised, cut = asked(self.sampling, self.logits.shape[-1])
+    return ~(biased | penalised | cut)
+
+  def draw_all(self) -> Int[Array, "B N"]:
+    """The sample behind every node of plain laws, in one pass over logits.
+
+    It is that of `draw`, noise and all.
+    """
+    def keys(key, positions):
+      return jax.random.key_data(jax.vmap(
+          lambda position: jax.random.fold_in(key, position))(positions))
+
+    sampling = self.sampling
+    noise = jax.vmap(keys)(sampling.key, self.positions)           # [B N 2]
+    args = (self.logits, sampling.temperature, noise)
+    mesh = sharding.current()
+    if mesh is None:
+      return accept_nodes(args[0], temperature=args[1], noise=noise).token
+    axes = (("rows", None, "vocab"), ("rows",), ("rows", None, None))
+    specs = [sharding.spec(names, x.shape, mesh)
+             for names, x in zip(axes, args)]
+    split = specs[0][2]
+
+    def part(logits, temperature, noise):
+      """Of the words a shard holds, then of all."""
+      first = None
+      if split:
+        first = lax.axis_index(split) * logits.shape[-1]
+      judged = accept_nodes(logits, temperature=temperature, noise=noise,
+                            first=first)
+      if not split:
+        return judged.token
+      best = lax.pmax(judged.score, split) == judged.score
+      return lax.pmin(jnp.where(best, first + judged.token,
+                                jnp.iinfo(jnp.int32).max), split)
+
+    return jax.shard_map(part, in_specs=tuple(specs),
+                         out_specs=jax.P(specs[0][0], None),
+                         check_vma=False)(*args)
+
 
 def defaults(rows: int, biases: int) -> Sampling:
   """Greedy rows with nothing else switched on."""
@@ -120,12 +163,7 @@ def warp(logits: Float[Array, "B V"], sampling: Sampling, history: History,
   # Below the floor good tokens would all become infinite, and alike.
   temperature = jnp.where(
       sampled, jnp.maximum(sampling.temperature, _COLDEST), 1)
-  biased = jnp.any(sampling.bias_ids >= 0)
-  penalised = jnp.any((sampling.repetition != 1) | (sampling.presence != 0)
-                      | (sampling.frequency != 0))
-  cut = jnp.any(sampled & (
-      (sampling.top_k > 0) & (sampling.top_k < logits.shape[-1])
-      | (sampling.top_p < 1) | (sampling.min_p > 0)))
+  biased, penalised, cut = asked(sampling, logits.shape[-1])
 
   def warped(x):
     x = lax.cond(biased, _add_bias, lambda x, _: x, x, sampling)
@@ -136,6 +174,24 @@ def warp(logits: Float[Array, "B V"], sampling: Sampling, history: History,
 
   return lax.cond(biased | penalised | jnp.any(sampled), warped,
                   lambda logits: logits, logits)
+
+
+def bare(sampling: Sampling, vocab: int) -> Bool[Array, ""]:
+  """Whether no row asks for any warp but a temperature."""
+  biased, penalised, cut = asked(sampling, vocab)
+  return ~(biased | penalised | cut)
+
+
+def asked(sampling: Sampling, vocab: int
+          ) -> tuple[Bool[Array, ""], Bool[Array, ""], Bool[Array, ""]]:
+  """Whether any row asks for a bias, for penalties, and for a cut."""
+  return (
+      jnp.any(sampling.bias_ids >= 0),
+      jnp.any((sampling.repetition != 1) | (sampling.presence != 0)
+              | (sampling.frequency != 0)),
+      jnp.any((sampling.temperature > 0) & (
+          (sampling.top_k > 0) & (sampling.top_k < vocab)
+          | (sampling.top_p < 1) | (sampling.min_p > 0))))
 
 
 def draw(logits: Float[Array, "B V"], sampling: Sampling,
@@ -168,6 +224,14 @@ def gumbel(key: Key[Array, "B"], positions: Int[Array, "B"],
   def at(key, position):
     return jax.random.gumbel(jax.random.fold_in(key, position), (vocab,))
   return sharding.constrain(jax.vmap(at)(key, positions), "rows", "vocab")
+
+
+def words(key: Key[Array, "B"], positions: Int[Array, "B N"]
+          ) -> UInt32[Array, "B N _"]:
+  """Of the keys under which `gumbel` draws at some positions of each row, for
+  kernels that draw themselves (`pallas_kernels.noise`)."""
+  fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
+  return jax.random.key_data(fold(key, positions))
 
 
 def coins(key: Key[Array, "B"], positions: Int[Array, "B"],

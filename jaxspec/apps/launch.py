@@ -188,6 +188,14 @@ def define_generator_flags(values: flags.FlagValues) -> None:
     "a file of jaxspec/caches, with options as in paged:page=64,pages=100",
     flag_values=values,
   )
+  flags.DEFINE_string(
+    "kernels",
+    None,
+    "xla for programs without kernels; tpu or gpu for those kernels alone, "
+    "and an error where one does not take a shape; interpret to try those of "
+    "a TPU on a CPU, slowly; by default the best there is for the device",
+    flag_values=values,
+  )
   flags.DEFINE_enum(
     "prefill",
     "chunk_major",
@@ -468,6 +476,7 @@ def load_generator(settings: types.SimpleNamespace) -> Generator:
       mesh=settings.mesh,
       cache=settings.cache,
       prefill=settings.prefill,
+      kernels=settings.kernels,
       adapter=settings.adapter,
       on_progress=on_progress,
       **more,

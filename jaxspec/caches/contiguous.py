@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plain cache: slot s of a row holds position s."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec import sharding
-from jaxspec.caches.fresh import Fresh, Place, path_nodes
-from pallas_kernels import tree_attention
+from jaxspec.caches.fresh import Fresh, Place
+from jaxspec.kernels import tree_attention
+from pallas_kernels import commit_kv
 
 AXES = ("rows", "kv_heads", None, None)
 
@@ -55,11 +56,8 @@ class ContiguousCache:
     nth = jnp.arange(path.shape[1])[None]
     slots = jnp.where(nth < kept[:, None], self.length[:, None] + nth,
                       self.capacity)
-    def put(buffer, values):
-      return write_slots(buffer, path_nodes(values, path), slots)
-    return ContiguousCache(
-        tuple(map(put, self.k, fresh.k)), tuple(map(put, self.v, fresh.v)),
-        self.length + kept)
+    return ContiguousCache(*write_path(self.k, self.v, fresh, path, slots),
+                           self.length + kept)
 
   def insert(self, rows: Int[Array, "R"], prefix: "ContiguousCache",
              reserve: Int[Array, "R"]) -> "ContiguousCache":
@@ -85,7 +83,31 @@ def zeros(shape: tuple[int, ...], dtype: Any,
   return sharding.constrain(jnp.zeros(shape, dtype), *axes)
 
 
-# What caches do for each layer is traced once for all that look alike.
+def write_path(k: tuple[Float[Array, "..."], ...],
+               v: tuple[Float[Array, "..."], ...], fresh: Fresh,
+               path: Int[Array, "B P"], slots: Int[Array, "B P"], *,
+               paged: bool = False
+               ) -> tuple[tuple[Float[Array, "..."], ...],
+                          tuple[Float[Array, "..."], ...]]:
+  """Writes the path into layers that are alike, see `commit_kv`.
+
+  Each shard writes the rows and heads it holds. Any page may hold any row, so
+  that of a pool each holds all.
+  """
+  if not k:
+    return k, v
+  rows = None if paged else "rows"
+  axes = (rows, "kv_heads", None, None)
+
+  def write(buffers, fresh, path, slots):
+    return commit_kv(buffers, fresh, path, slots, paged=paged)[0]
+
+  out = by_shard(write, (*k, *v), ((*fresh.k, *fresh.v), path, slots), axes,
+                 ((rows, None, "kv_heads", None), (rows, None), (rows, None)))
+  return out[:len(k)], out[len(k):]
+
+
+# What is done for each layer is traced once for all that look alike.
 
 
 @jax.jit
@@ -99,45 +121,6 @@ def _begin_rows(buffer: Float[Array, "B G S K"], rows: Int[Array, "R"],
   held = jnp.arange(slots)[None] < length[:, None]
   return set_rows(buffer, rows, jnp.where(held[:, None, :, None],
                                           new[:, :, :slots], 0))
-
-
-@jax.jit
-def write_slots(buffer: Float[Array, "B G S K"],
-                values: Float[Array, "B P G K"], slots: Int[Array, "B P"]
-                ) -> Float[Array, "B G S K"]:
-  """`buffer[b, :, slots[b, p]] = values[b, p]`, in place.
-
-  Slots of a row must differ; those of S or more are dropped. A scatter for a
-  CPU; elsewhere a slice update for each node, because the TPU compiler keeps
-  a cache that is scattered into in another layout, and copies it twice a call.
-  """
-  values = jnp.moveaxis(values.astype(buffer.dtype), 1, 2)       # [B G P K]
-
-  def scatter(buffer, values, slots):
-    return jax.vmap(lambda b, v, s: b.at[:, s].set(v, mode="drop"))(
-        buffer, values, slots)
-
-  def slices(buffer, values, slots):
-    room, count = buffer.shape[2], slots.shape[1]
-
-    def row(b, buffer):
-      def node(p, buffer):
-        at = (b, 0, jnp.minimum(slots[b, p], room - 1), 0)
-        new = lax.dynamic_slice(values, (b, 0, p, 0),
-                                (1, values.shape[1], 1, values.shape[3]))
-        old = lax.dynamic_slice(buffer, at, new.shape)
-        new = jnp.where(slots[b, p] < room, new, old)
-        return lax.dynamic_update_slice(buffer, new, at)
-      # A chunk of a prompt has hundreds of nodes: not all unrolled.
-      return lax.fori_loop(0, count, node, buffer, unroll=min(count, 8) or 1)
-
-    return lax.fori_loop(0, buffer.shape[0], row, buffer)
-
-  def write(buffer, values, slots):
-    return lax.platform_dependent(buffer, values, slots, cpu=scatter,
-                                  default=slices)
-
-  return _by_shard(write, buffer, (values, slots), (AXES, AXES[:1] + (None,)))
 
 
 @jax.jit
@@ -158,23 +141,34 @@ def set_rows(buffer: Float[Array, "B G S K"], rows: Int[Array, "R"],
           lambda b: b, buffer)
     return buffer.at[rows].set(new, mode="drop")
 
-  return _by_shard(write, buffer, (rows, new.astype(buffer.dtype)),
-                   ((None,), (None, *AXES[1:])))
+  return by_shard(write, buffer, (rows, new.astype(buffer.dtype)), AXES,
+                  ((None,), (None, *AXES[1:])))
 
 
-def _by_shard(write, buffer, args, axes):
-  """`write(buffer, *args)`, each shard for the rows and heads it holds.
+def by_shard(write: Callable[..., Any], buffers: Any, args: tuple[Any, ...],
+             axes: tuple[str | None, ...],
+             args_axes: tuple[tuple[str | None, ...], ...]) -> Any:
+  """`write(buffers, *args)`, each shard for what it holds of them.
 
   Left to itself, XLA gathers a buffer that is split over rows, to update a
-  slice of it whose row it does not know.
+  slice of it whose row it does not know; and a kernel it cannot split at all.
+
+  Args:
+    axes: of the buffers, which come back as they are; names of dimensions,
+      see `jaxspec.sharding`.
+    args_axes: of each argument, which may be a tuple of arrays alike.
   """
   mesh = sharding.current()
   if mesh is None:
-    return write(buffer, *args)
-  whole = sharding.spec(AXES, buffer.shape, mesh)
-  specs = (sharding.spec(names, x.shape, mesh) for names, x in zip(axes, args))
-  return jax.shard_map(write, in_specs=(whole, *specs), out_specs=whole,
-                       check_vma=False)(buffer, *args)
+    return write(buffers, *args)
+
+  def specs(names, arrays):
+    return jax.tree.map(lambda x: sharding.spec(names, x.shape, mesh), arrays)
+
+  whole = specs(axes, buffers)
+  return jax.shard_map(
+      write, in_specs=(whole, *map(specs, args_axes, args)), out_specs=whole,
+      check_vma=False)(buffers, *args)
 
 
 def _row_axis(buffer):

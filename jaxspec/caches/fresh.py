@@ -139,9 +139,3 @@ class Cache(Protocol):
   def release(self, rows: Bool[Array, "B"]) -> "Cache":
     """Forgets these rows; nothing of them can be read again."""
     ...
-
-
-def path_nodes(values: Float[Array, "B N G K"],
-               path: Int[Array, "B P"]) -> Float[Array, "B P G K"]:
-  """The nodes of each row's path, in order."""
-  return jnp.take_along_axis(values, path[:, :, None, None], axis=1)

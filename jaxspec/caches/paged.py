@@ -26,10 +26,10 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec import sharding
-from jaxspec.caches.contiguous import ContiguousCache, zeros
-from jaxspec.caches.fresh import Fresh, Place, path_nodes
+from jaxspec.caches.contiguous import ContiguousCache, write_path, zeros
+from jaxspec.caches.fresh import Fresh, Place
 from jaxspec.errors import InputError
-from pallas_kernels import tree_attention
+from jaxspec.kernels import tree_attention
 
 # A row may hold any page, so that pools are not split over the data axis: each
 # data shard keeps, and writes, all of its tensor shard's pages.
@@ -207,15 +207,11 @@ class PagedCache:
     target = jnp.where(nth < kept[:, None],
                        jnp.take_along_axis(table, entry, axis=1),
                        len(pages.users))
-    def put(pool, values):
-      values = path_nodes(values, path).astype(pool.dtype)
-      return sharding.constrain(
-          pool.at[target, :, position % self.page].set(values, mode="drop"),
-          *AXES)
+    k, v = write_path(self.k, self.v, fresh, path,
+                      target * self.page + position % self.page, paged=True)
     starved = self.starved | ~granted
     return self.replace(
-        k=tuple(map(put, self.k, fresh.k)), v=tuple(map(put, self.v, fresh.v)),
-        length=self.length + kept, table=table, starved=starved,
+        k=k, v=v, length=self.length + kept, table=table, starved=starved,
         reserve=jnp.where(starved, 0, self.reserve), pages=pages)
 
   def insert(self, rows: Int[Array, "R"], prefix: ContiguousCache,

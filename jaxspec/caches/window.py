@@ -20,11 +20,11 @@ from jaxspec.caches.contiguous import (
     ContiguousCache,
     set_rows,
     wipe_rows,
-    write_slots,
+    write_path,
     zeros,
 )
-from jaxspec.caches.fresh import Fresh, Place, path_nodes
-from pallas_kernels import tree_attention
+from jaxspec.caches.fresh import Fresh, Place
+from jaxspec.kernels import tree_attention
 
 
 @struct.dataclass
@@ -58,15 +58,21 @@ class WindowCache:
   def commit(self, fresh: Fresh, path: Int[Array, "B P"],
              kept: Int[Array, "B"]) -> "WindowCache":
     nth = jnp.arange(path.shape[1])[None]
-    def put(buffer, values):
-      ring = buffer.shape[2]
+    k, v = list(self.k), list(self.v)
+    for ring in sorted({x.shape[2] for x in k}):
+      layers = [n for n, x in enumerate(k) if x.shape[2] == ring]
+
+      def some(xs, layers=layers):
+        return tuple(xs[n] for n in layers)
+
       # Of more tokens than slots only the last are written: no slot twice.
       written = (nth < kept[:, None]) & (nth >= kept[:, None] - ring)
       slots = jnp.where(written, (self.length[:, None] + nth) % ring, ring)
-      return write_slots(buffer, path_nodes(values, path), slots)
-    return WindowCache(
-        tuple(map(put, self.k, fresh.k)), tuple(map(put, self.v, fresh.v)),
-        self.length + kept)
+      new = write_path(some(k), some(v), Fresh(some(fresh.k), some(fresh.v)),
+                       path, slots)
+      for n, new_k, new_v in zip(layers, *new):
+        k[n], v[n] = new_k, new_v
+    return WindowCache(tuple(k), tuple(v), self.length + kept)
 
   def insert(self, rows: Int[Array, "R"], prefix: ContiguousCache,
              reserve: Int[Array, "R"]) -> "WindowCache":

@@ -34,7 +34,7 @@ from jaxspec.base import (
 )
 from jaxspec.caches import Cache, Fresh, Place
 from jaxspec.caches.contiguous import ContiguousCache
-from jaxspec.confidence import MEASURES, confidence
+from jaxspec.confidence import MEASURES, signs, sureness, told
 from jaxspec.errors import InputError, nearest
 from jaxspec.heads import NEVER, ExitHead
 from jaxspec.models.transformer import Transformer
@@ -311,22 +311,49 @@ class EarlyExit(Drafter):
     """Fills the next depth of the tree with what the head says."""
     tree, rank, tokens = self.tree, self._ranks(), walk.tokens
     parents = np.unique(np.array(tree.parents)[below])
-    logits = self.head(model, y[:, np.searchsorted(level, parents)])
-    sure = walk.confidence
-    history = sampling.History(
-        seq.tokens, seq.prompt_length, seq.length, tokens,
-        jnp.broadcast_to(jnp.asarray(tree.mask), (*tokens.shape, tree.size)))
-    for column, parent in enumerate(parents):
-      children = np.array([n for n in below if tree.parents[n] == parent])
-      law = sampling.warp(
-          self.head.spread(logits[:, column], model.vocab), request.sampling,
-          history, jnp.full_like(walk.live, parent))
-      said = sampling.draws(law, request.sampling, positions[:, parent] + 1,
-                            int(rank[children].max()) + 1)
-      tokens = tokens.at[:, children].set(said[:, rank[children]])
+    y = y[:, np.searchsorted(level, parents)]
+    families = [np.array([n for n in below if tree.parents[n] == parent])
+                for parent in parents]
+    counts = [int(rank[children].max()) + 1 for children in families]
+    sure, most = walk.confidence, max(counts)
+
+    def by_logits():
+      """What is said behind each parent, and with which signs."""
+      logits = self.head(model, y)
+      history = sampling.History(
+          seq.tokens, seq.prompt_length, seq.length, tokens,
+          jnp.broadcast_to(jnp.asarray(tree.mask),
+                           (*tokens.shape, tree.size)))
+      said = []
+      for column, (parent, count) in enumerate(zip(parents, counts)):
+        law = sampling.warp(
+            self.head.spread(logits[:, column], model.vocab),
+            request.sampling, history, jnp.full_like(walk.live, parent))
+        some = sampling.draws(law, request.sampling, positions[:, parent] + 1,
+                              count)
+        said.append(jnp.pad(some, ((0, 0), (0, most - count))))
+      return jnp.stack(said, axis=1), signs(logits)
+
+    def by_forecast():
+      """The same without logits, where nothing has to be done to them."""
+      noise = sampling.words(request.sampling.key, positions[:, parents] + 1)
+      what = self.head.forecast(model, y, most, noise,
+                                request.sampling.temperature)
+      shape = (len(tokens), len(parents))
+      known = told(what.top, what.margin, what.entropy,
+                   len(self.head.sayable(model)))
+      return (what.tokens.reshape(*shape, most), known.reshape(*shape, 3))
+
+    if self.head.forecasts(model, most):
+      said, found = lax.cond(sampling.bare(request.sampling, model.vocab),
+                             by_forecast, by_logits)
+    else:
+      said, found = by_logits()
+    for column, (parent, children) in enumerate(zip(parents, families)):
+      tokens = tokens.at[:, children].set(said[:, column, rank[children]])
       place = positions[:, parent] + 1 - seq.prompt_length
-      sure = sure.at[:, children[0]].set(confidence(
-          logits[:, column], self.measure, place, self.coefficients))
+      sure = sure.at[:, children[0]].set(sureness(
+          found[:, column], self.measure, place, self.coefficients))
     # The first node of a depth is on the likeliest path.
     wants = walk.wants & (sure[:, below[0]] >= self.stop)
     return walk.replace(

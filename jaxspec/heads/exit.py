@@ -18,11 +18,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
+from jaxspec import kernels, sharding
 from jaxspec.caches import Place
 from jaxspec.caches.contiguous import ContiguousCache
 from jaxspec.heads.base import Ids, Spots, ascending, beside, dtype_of
@@ -35,6 +37,7 @@ from jaxspec.models.transformer import (
   project,
   random_source,
 )
+from pallas_kernels import Forecast, proposal_head
 
 
 class Attention(nnx.Module):
@@ -136,18 +139,53 @@ class ExitHead(Transformer):
   def __call__(self, model: Transformer, x: Float[Array, "B T D"]
                ) -> Float[Array, "B T _"]:
     """Logits, in float32, of the tokens there are: all, or `tokens`."""
-    eps, c = self.config.norm_eps, self.config
-    z = layers.rms_norm(x, self.norm[...], eps)
-    inner = (layers.ACTIVATIONS["silu"](layers.linear(z, self.gate[...]))
-             * layers.linear(z, self.up[...])).astype(x.dtype)
-    y = x + (layers.linear(z, self.lens[...])
-             + layers.linear(inner, self.down[...])).astype(x.dtype)
-    y = layers.rms_norm(y, self.final_norm[...], eps)
-    rows = model.unembedding if self.rows is None else self.rows[...]
-    logits = layers.linear(y, rows)
+    c = self.config
+    y = layers.rms_norm(self._behind(x), self.final_norm[...], c.norm_eps)
+    logits = layers.linear(y, self.sayable(model))
     if c.logits_cap is not None:
       logits = c.logits_cap * jnp.tanh(logits / c.logits_cap)
     return logits
+
+  def forecasts(self, model: Transformer, count: int) -> bool:
+    """Whether `forecast` is what the device that is aimed at is quickest at.
+
+    It is where a kernel can be had; a CPU makes logits as quickly.
+    """
+    rows = self.sayable(model)
+    return (kernels.wanted() and sharding.current() is None
+            and isinstance(rows, jax.Array) and count <= len(rows))
+
+  def forecast(self, model: Transformer, x: Float[Array, "B T D"], count: int,
+               noise: UInt32[Array, "B T 2"], temperature: Float[Array, "B"]
+               ) -> Forecast:
+    """The likeliest tokens, or some drawn, and how sure it is; no logits.
+
+    Args:
+      noise: words of the key of each, see `sampling.words`.
+
+    Returns:
+      B T rows; see `pallas_kernels.proposal_head`.
+    """
+    c = self.config
+    return proposal_head(
+        self._behind(x).reshape(-1, x.shape[-1]), self.final_norm[...],
+        self.sayable(model), eps=c.norm_eps, count=count,
+        logits_soft_cap=c.logits_cap,
+        tokens=None if self.tokens is None else self.tokens[...],
+        noise=noise.reshape(-1, 2),
+        temperature=jnp.repeat(temperature, x.shape[1]))
+
+  def _behind(self, x):
+    """The stream behind the head's block."""
+    z = layers.rms_norm(x, self.norm[...], self.config.norm_eps)
+    inner = (layers.ACTIVATIONS["silu"](layers.linear(z, self.gate[...]))
+             * layers.linear(z, self.up[...])).astype(x.dtype)
+    return x + (layers.linear(z, self.lens[...])
+                + layers.linear(inner, self.down[...])).astype(x.dtype)
+
+  def sayable(self, model: Transformer) -> Any:
+    """The rows of the unembedding for the tokens it can say."""
+    return model.unembedding if self.rows is None else self.rows[...]
 
   def spread(self, logits: Float[Array, "*rows W"], vocab: int
              ) -> Float[Array, "*rows V"]:

@@ -25,9 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxspec import sharding
+import pallas_kernels
+from jaxspec import kernels, sharding
 from jaxspec.caches import Cache, Fresh, Place
 from jaxspec.models import layers, moe
 from jaxspec.models.layers import Rope
@@ -265,8 +267,45 @@ def _feed_forward(block, x, attended, *, config):
 
   y = layers.linear(attended.reshape(*x.shape[:2], -1), block.out[...])
   x = add(x, y, "post_attn_norm")
-  y = layers.rms_norm(x, block.mlp_norm[...], c.norm_eps)
-  return add(x, _mlp(block, y, c), "post_mlp_norm")
+  if _takes_kernel(block, x, c):
+    y = _fused_mlp(block, x, c)
+  else:
+    y = _mlp(block, layers.rms_norm(x, block.mlp_norm[...], c.norm_eps), c)
+  return add(x, y, "post_mlp_norm")
+
+
+# Up to so many tokens reading the weights is all the time an MLP takes.
+_FEW = 64
+
+
+def _takes_kernel(block, x, c):
+  return (kernels.wanted() and x.shape[0] * x.shape[1] <= _FEW and not c.experts
+          and all(isinstance(w[...], jax.Array)
+                  for w in (block.gate, block.up, block.down)))
+
+
+def _fused_mlp(block, x, c):
+  """As `_mlp` behind its norm: one kernel on each device of a mesh."""
+  activation = {"gelu_pytorch_tanh": "gelu_tanh"}.get(c.activation,
+                                                      c.activation)
+  weights = [w[...] for w in (block.mlp_norm, block.gate, block.up, block.down)]
+  rows = x.reshape(-1, x.shape[-1])
+  mesh = sharding.current()
+  split = None if mesh is None else sharding.spec(
+      ("mlp", None), weights[1].shape, mesh)[0]
+
+  def mlp(*arguments):
+    y = pallas_kernels.fused_mlp(*arguments, eps=c.norm_eps,
+                                 activation=activation)
+    return y if split is None else jax.lax.psum(y, split)
+
+  if mesh is not None:
+    whole, part = PartitionSpec(), PartitionSpec(split)
+    along = sharding.spec(("rows", None), rows.shape, mesh)
+    mlp = jax.shard_map(
+        mlp, mesh=mesh, out_specs=along, check_vma=False,
+        in_specs=(along, whole, part, part, PartitionSpec(None, split)))
+  return mlp(rows, *weights).reshape(x.shape)
 
 
 def _mlp(block, x, c):

@@ -15,13 +15,38 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxspec import kernels
 from jaxspec.base import Proposal, Verdict
 from jaxspec.sampling import Laws
 
 
 def exact(proposal: Proposal, laws: Laws) -> Verdict:
-  """Takes the deepest node whose whole path was sampled."""
-  return follow(proposal, laws.draw)
+  """Takes the deepest node whose whole path was sampled.
+
+  Where a kernel reads all logits in less time than a walk takes to wait for
+  each node, samples are drawn behind all nodes at once; they are the same.
+  """
+  def walk():
+    return follow(proposal, laws.draw)
+
+  def at_once():
+    sample = laws.draw_all()
+    parents = jnp.maximum(proposal.parents, 0)
+    node = deepest(proposal, proposal.tokens == jnp.take_along_axis(
+        sample, parents, axis=1))
+    return ending(proposal, node, jnp.take_along_axis(
+        sample, node[:, None], axis=1)[:, 0])
+
+  if not _kernels(laws):
+    return walk()
+  return jax.lax.cond(laws.plain(), at_once, walk)
+
+
+def _kernels(laws: Laws) -> bool:
+  """Whether the target has kernels, which make noise as jax does by default."""
+  return (kernels.wanted()
+          and str(jax.random.key_impl(laws.sampling.key)) == "threefry2x32"
+          and jax.config.jax_threefry_partitionable)
 
 
 def follow(proposal: Proposal,

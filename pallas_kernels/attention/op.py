@@ -6,18 +6,25 @@ prefix: a slot is seen if it holds a position, and if that position lies within
 the token's window.
 """
 
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, Int8, UInt32
 
-from pallas_kernels.attention import xla
-from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.attention import gpu, tpu, xla
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.target import Implementation
 
-_IMPLEMENTATIONS = {"xla": xla.tree_attention}
+_IMPLEMENTATIONS = {"tpu": tpu.tree_attention, "gpu": gpu.tree_attention,
+                    "xla": xla.tree_attention}
+
+# Committed keys or values: a buffer a row, or a pool of pages.
+Committed = (Float[Array, "B G S K"] | Float[Array, "X G page K"]
+             | Int8[Array, "B G S K"] | Int8[Array, "X G page K"])
+Scales = Float[Array, "B G S"] | Float[Array, "X G page"]
 
 
 def tree_attention(
     query: Float[Array, "B T H K"],
-    key: Float[Array, "B G S K"] | Float[Array, "X G page K"],
-    value: Float[Array, "B G S K"] | Float[Array, "X G page K"],
+    key: Committed,
+    value: Committed,
     fresh_key: Float[Array, "B N G K"],
     fresh_value: Float[Array, "B N G K"],
     *,
@@ -26,6 +33,8 @@ def tree_attention(
     fresh_positions: Int[Array, "B N"],
     seen: UInt32[Array, "T W"] | UInt32[Array, "B T W"],
     scale: float,
+    key_scale: Scales | None = None,
+    value_scale: Scales | None = None,
     table: Int[Array, "B M"] | None = None,
     window: int | None = None,
     logits_soft_cap: float | None = None,
@@ -42,6 +51,9 @@ def tree_attention(
     fresh_positions: the position of each fresh key.
     seen: the fresh keys each token sees, one bit each: W words (see `pack`).
     scale: what scores are multiplied by.
+    key_scale: what stands in `key`, times this, are the keys: float32, one for
+      each slot and head. For keys of eight bits, int8 or float8.
+    value_scale: the same for `value`.
     table: the pages of each row, in order, where `key` and `value` are pools
       of pages; slot s lies in page `table[b, s // page]`, and what stands in
       slots without a position may be anything.
@@ -50,11 +62,19 @@ def tree_attention(
 
   Returns:
     The attended values, in the dtype of `query`. Scores and softmax are in
-    float32.
+    float32; eight bits are widened to the dtype of `query`, others are
+    multiplied as they are.
+
+  Raises:
+    ValueError: one of `key_scale` and `value_scale` without the other.
   """
+  if (key_scale is None) != (value_scale is None):
+    raise ValueError("tree_attention: key_scale and value_scale go together, "
+                     "got one of them")
   return dispatch(
       "tree_attention", _IMPLEMENTATIONS, implementation,
       query, key, value, fresh_key, fresh_value,
       slot_positions=slot_positions, positions=positions,
-      fresh_positions=fresh_positions, seen=seen, scale=scale, table=table,
+      fresh_positions=fresh_positions, seen=seen, scale=scale,
+      key_scale=key_scale, value_scale=value_scale, table=table,
       window=window, logits_soft_cap=logits_soft_cap)

@@ -18,7 +18,8 @@ BLOCK = 128
                    static_argnames=("scale", "window", "logits_soft_cap"))
 def tree_attention(query, key, value, fresh_key, fresh_value, *,
                    slot_positions, positions, fresh_positions, seen, scale,
-                   table, window, logits_soft_cap):
+                   table, window, logits_soft_cap, key_scale=None,
+                   value_scale=None):
   """See `pallas_kernels.attention.op.tree_attention`.
 
   A CPU reads the prefix block by block and stops where no row holds more:
@@ -27,41 +28,53 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
   """
   rows, tokens, heads, size = query.shape
   groups, slots = key.shape[1], slot_positions.shape[1]
-  q = query.astype(key.dtype).reshape(rows, tokens, groups, -1, size)
+  # Eight bits are for storage: products are in the dtype of what asks.
+  dtype = query.dtype if key.dtype.itemsize == 1 else key.dtype
+  q = query.astype(dtype).reshape(rows, tokens, groups, -1, size)
   q = jnp.moveaxis(q, 1, 3)                                    # [B G R T K]
   oldest = None if window is None else positions[..., None] - window
 
-  def add(state, equations, keys, values, visible):
+  def add(state, equations, keys, values, visible, scales=None):
     """Attends to some more keys, by an online softmax."""
     top, total, out = state
+    if keys.dtype.itemsize == 1:
+      keys, values = keys.astype(dtype), values.astype(dtype)
     s = _einsum(equations[0], q, keys) * scale
+    if scales is not None:
+      s = s * scales[0][:, :, None, None]
     if logits_soft_cap is not None:
       s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
     s = jnp.where(visible[:, None, None], s, -jnp.inf)
     new = jnp.maximum(top, jnp.max(s, axis=-1, keepdims=True))
     s, shrink = jnp.exp(s - new), jnp.exp(top - new)
-    return (new, total * shrink + jnp.sum(s, axis=-1, keepdims=True),
+    total = total * shrink + jnp.sum(s, axis=-1, keepdims=True)
+    if scales is not None:
+      s = s * scales[1][:, :, None, None]
+    return (new, total,
             out * shrink + _einsum(equations[1], s.astype(values.dtype),
                                    values))
 
-  def prefix(state, key, value, held):
+  def prefix(state, key, value, held, scales=None):
     visible = (held >= 0)[:, None]                             # [B 1 S]
     if oldest is not None:
       visible = visible & (held[:, None] > oldest)
     return add(state, ("bgrtk,bgsk->bgrts", "bgrts,bgsk->bgrtk"), key, value,
-               visible)
+               visible, scales)
 
-  def paged(state, key, value, held, table):
+  def paged(state, key, value, held, table, scales):
     def gather(pool):
-      x = pool.at[table].get(mode="promise_in_bounds")         # [B M G page K]
+      x = pool.at[table].get(mode="promise_in_bounds")       # [B M G page ...]
       x = jnp.moveaxis(x, 2, 1)
-      return x.reshape(rows, groups, -1, size)
+      return x.reshape(rows, groups, -1, *x.shape[4:])
     # A zero probability does not hide a NaN that an earlier owner of a page
     # left behind.
     value = jnp.where((held >= 0)[:, None, :, None], gather(value), 0)
-    return prefix(state, gather(key), value, held)
+    if scales is not None:
+      scales = gather(scales[0]), jnp.where((held >= 0)[:, None],
+                                            gather(scales[1]), 0)
+    return prefix(state, gather(key), value, held, scales)
 
-  def by_block(state, key, value, held, table):
+  def by_block(state, key, value, held, table, scales):
     size = BLOCK if table is None else key.shape[2] * pages
     used = jnp.max(jnp.where(held >= 0, jnp.arange(slots)[None] + 1, 0))
 
@@ -74,17 +87,17 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
       if table is not None:
         some = lax.dynamic_slice_in_dim(table, start // key.shape[2], pages,
                                         axis=1)
-        return paged(state, key, value, at, some)
-      k, v = (lax.dynamic_slice_in_dim(x, start, size, axis=2)
-              for x in (key, value))
-      return prefix(state, k, v, at)
+        return paged(state, key, value, at, some, scales)
+      def cut(x):
+        return lax.dynamic_slice_in_dim(x, start, size, axis=2)
+      return prefix(state, cut(key), cut(value), at, jax.tree.map(cut, scales))
 
     return lax.fori_loop(0, (used + size - 1) // size, body, state)
 
-  def whole(state, key, value, held, table):
+  def whole(state, key, value, held, table, scales):
     if table is not None:
-      return paged(state, key, value, held, table)
-    return prefix(state, key, value, held)
+      return paged(state, key, value, held, table, scales)
+    return prefix(state, key, value, held, scales)
 
   fresh = unpack(seen, fresh_key.shape[1])
   fresh = jnp.broadcast_to(fresh, (rows, *fresh.shape[-2:]))   # [B T N]
@@ -98,12 +111,13 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
               fresh_value, fresh)
   pages = 1 if table is None else min(max(1, BLOCK // key.shape[2]),
                                       table.shape[1])
-  prefix_of = (key, value, slot_positions, table)
+  scales = None if key_scale is None else (key_scale, value_scale)
+  prefix_of = (key, value, slot_positions, table, scales)
   if slots > BLOCK or table is not None:
     state = lax.platform_dependent(state, *prefix_of, cpu=by_block,
                                    default=whole)
   elif slots:
-    state = prefix(state, key, value, slot_positions)
+    state = prefix(state, key, value, slot_positions, scales)
   _, total, out = state
   return jnp.moveaxis(out / total, 3, 1).reshape(query.shape).astype(
       query.dtype)

@@ -181,7 +181,7 @@ def test_a_copied_cache_would_be_seen(v5e, monkeypatch):
     return jax.vmap(lambda b, v, s: b.at[:, s].set(v, mode="drop"))(
         buffer, values, slots)
 
-  monkeypatch.setattr("jaxspec.caches.contiguous.write_slots", copied)
+  monkeypatch.setattr("pallas_kernels.writeback.xla.write_slots", copied)
   jax.clear_caches()                     # else the sound one is found there
   try:
     compiled, size = compile_decode(

@@ -72,3 +72,34 @@ def test_it_is_a_pytree_and_read_whole():
   assert donated[...] is donated
   with pytest.raises(IndexError, match="read whole, not at 0"):
     donated[0]
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("group", [4, 32])
+def test_four_bits_are_half_a_step(group, zeros):
+  weight = normal(2, 6, 64) + 0.5
+  q = quantized.quantize_groups(weight, group, zeros=zeros)
+  assert q.shape == weight.shape and q.ndim == 3 and q.group == group
+  assert q.values.nbytes == weight.size // 2
+  assert q.nbytes == weight.size // 2 + weight.size // group * (5 if zeros
+                                                                else 4)
+  error = np.abs(q.dequantize() - weight)
+  step = np.repeat(np.swapaxes(q.scale, -1, -2), group, -1)
+  # A zero that is rounded moves the ends of the range by half a step more.
+  assert np.all(error <= (1.001 if zeros else 0.501) * step)
+  assert error.mean() < 0.3 * step.mean()
+
+
+def test_two_outputs_share_a_byte():
+  integers = np.array([[-5, 7], [3, -7], [7, 1], [0, -7]])
+  q = quantized.quantize_groups(jnp.asarray(integers, jnp.float32), 2)
+  np.testing.assert_array_equal(q.integers(), integers)
+  np.testing.assert_array_equal(
+      q.values.view(jnp.uint8), [[0x3b, 0x97], [0x07, 0x91]])
+
+
+def test_groups_and_pairs_must_fit():
+  with pytest.raises(ValueError, match="groups of 32"):
+    quantized.quantize_groups(normal(2, 48), 32)
+  with pytest.raises(ValueError, match="share a byte"):
+    quantized.quantize_groups(normal(3, 32), 32)

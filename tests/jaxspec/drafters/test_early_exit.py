@@ -5,7 +5,8 @@ Held here: a head that knows is always accepted, and one that looks one place
 too far never; every layer takes every node once and no more; a row stops where
 its head is not sure, and nothing is computed when all have; the cache of the
 head's attention is that of a fresh pass, whatever was accepted; drafts at a
-temperature are the head's own samples with the model's noise.
+temperature are the head's own samples with the model's noise; and a kernel
+that makes no logits drafts the same.
 """
 
 import dataclasses
@@ -26,8 +27,10 @@ from jaxspec.drafters.early_exit import EarlyExit
 from jaxspec.errors import InputError
 from jaxspec.heads import ExitHead
 from jaxspec.models.transformer import Transformer, random_source
+from jaxspec.options import Options
 from jaxspec.profiling import count_compiles
 from jaxspec.verifiers.exact import exact
+from pallas_kernels import Target, aim
 from tests.jaxspec import batches, cycles
 from tests.jaxspec.batches import GREEDY, SAMPLED
 
@@ -306,6 +309,31 @@ def test_drafts_are_samples_with_the_models_noise(tiny, tokens):
                                   laws.draw(jnp.full(3, node)))
   if tokens is not None:
     assert set(np.asarray(proposal.tokens)[:, 1:].ravel()) <= set(tokens)
+
+
+@pytest.mark.parametrize("tokens, options, measure", [
+    (None, [GREEDY, Options(temperature=0.8), Options(temperature=2.0)],
+     "margin"),
+    (range(0, 64, 3), [GREEDY, Options(temperature=0.8), SAMPLED],
+     "entropy")])
+def test_a_kernel_drafts_the_same(tiny, tokens, options, measure):
+  """Aimed at a TPU the head makes no logits, but where they are warped."""
+  head = ExitHead.init(tiny, layer=3, tokens=tokens)
+  drafter = EarlyExit(head, BUSHY[:4], measure=measure)
+  state = batches.begin(tiny, drafter, batches.prompts(3), options)
+
+  def walk(state):
+    walk = drafter.look(tiny, state.seq, state.request, state.draft)
+    walk = drafter.deepen(tiny, state.seq, state.request, state.draft, walk, 1)
+    return walk.tokens, walk.confidence
+
+  expected = jax.jit(walk)(state)
+  assert "pallas_call" not in str(jax.make_jaxpr(walk)(state))
+  with aim(Target("tpu", "TPU v5 lite", interpret=True)):
+    found = jax.jit(walk)(state)
+    assert "pallas_call" in str(jax.make_jaxpr(walk)(state))
+  np.testing.assert_array_equal(found[0], expected[0])
+  np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("options, words", [

@@ -28,7 +28,7 @@ from jaxspec.models.transformer import (
   random_source,
 )
 from jaxspec.tree import branching
-from pallas_kernels import pack
+from pallas_kernels import Target, aim, pack
 from tests.jaxspec import batches
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -67,6 +67,16 @@ def prefix(tiny):
   return loop.prefill(tiny, (), random_tokens(ROWS, 16),
                       jnp.array(LENGTHS, jnp.int32), chunk=512,
                       dtype=jnp.dtype(jnp.float32))
+
+
+@pytest.fixture(scope="module")
+def prefix_of_small(small):
+  """A cache of prompts, the place of the next token, and what embeds it."""
+  state = loop.prefill(small, (), random_tokens(ROWS, 16),
+                       jnp.array(LENGTHS, jnp.int32), chunk=512,
+                       dtype=jnp.dtype(jnp.float32))
+  at = Place.of(state.cache.length[:, None], jnp.ones((1, 1), bool))
+  return state.cache, at, small.embed(random_tokens(ROWS, 1, seed=1))
 
 
 @pytest.fixture(scope="module")
@@ -415,3 +425,22 @@ def test_abstract_weights_have_the_same_shapes():
   specs = {x.shape: tuple(x.sharding.spec) for x in jax.tree.leaves(abstract)}
   assert specs[2, 5, 6, 32] == ("tensor", None, None, None)      # qkv
   assert specs[32, 36] == (None, "tensor")                       # out
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_decode_with_kernels_is_decode_without(small, prefix_of_small, tensor):
+  """Aimed at a TPU, the MLPs of a decode pass are kernels; it means the same.
+
+  Over a mesh each device has its part of the hidden values.
+  """
+  cache, at, x = prefix_of_small
+  fresh = small.init_fresh(cache, 1)
+  layers_ = range(small.depth)
+  expected, _ = extend(small, x, cache, fresh, at, layers_)
+  with aim(Target("tpu", "TPU v5 lite", interpret=True)):
+    with jax.set_mesh(sharding.make_mesh({"tensor": tensor})):
+      jaxpr = jax.make_jaxpr(extend, static_argnums=5)(
+          small, x, cache, fresh, at, layers_)
+      y, _ = extend(small, x, cache, fresh, at, layers_)
+  assert str(jaxpr).count("name=fused_mlp") >= 1
+  np.testing.assert_allclose(y, expected, atol=1e-5)

@@ -15,91 +15,22 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pallas_kernels import pack, tree_attention
+from pallas_kernels import tree_attention
 from pallas_kernels.attention import xla
 from pallas_kernels.attention.xla import BLOCK
+from tests.pallas_kernels.attention.definition import (
+    case,
+    eight_bits,
+    packed,
+    paged,
+    reference,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-ROWS, TOKENS, NODES, SIZE = 4, 3, 5, 8
-
-
-def reference(query, key, value, fresh_key, fresh_value, *, slot_positions,
-              positions, fresh_positions, mask, scale, window=None,
-              logits_soft_cap=None):
-  """The definition: for each token and head, a softmax over what it sees."""
-  rows, tokens, heads, _ = query.shape
-  groups = key.shape[1]
-  mask = np.broadcast_to(mask, (rows, *mask.shape[-2:]))
-  out = np.zeros(query.shape)
-  for b, t, h in np.ndindex(rows, tokens, heads):
-    g = h // (heads // groups)
-    first = -1 if window is None else positions[b, t] - window
-    held = slot_positions[b]
-    seen = (held >= 0) & (held > first)
-    fresh = mask[b, t] & (fresh_positions[b] > first)
-    keys = np.concatenate([key[b, g][seen], fresh_key[b, :, g][fresh]])
-    values = np.concatenate([value[b, g][seen], fresh_value[b, :, g][fresh]])
-    scores = keys.astype(np.float64) @ query[b, t, h].astype(np.float64)
-    scores *= scale
-    if logits_soft_cap is not None:
-      scores = logits_soft_cap * np.tanh(scores / logits_soft_cap)
-    weights = np.exp(scores - scores.max())
-    out[b, t, h] = weights / weights.sum() @ values.astype(np.float64)
-  return out
-
-
-def case(slots, lengths=None, *, heads=4, groups=2, start=1, by_row=False,
-         ring=False, seed=0):
-  """Arrays for tokens `start ... start + TOKENS` of NODES fresh ones.
-
-  Args:
-    by_row: a mask for each row.
-    ring: whether slots hold their positions in another order.
-  """
-  rng = np.random.default_rng([seed, slots])
-
-  def normal(*shape):
-    return rng.standard_normal(shape).astype(np.float32)
-
-  if lengths is None:
-    lengths = [0, slots // 2, max(slots - 1, 0), slots]
-  lengths = np.array(lengths)
-  held = np.where(np.arange(slots)[None] < lengths[:, None],
-                  np.arange(slots)[None], -1)
-  if ring:
-    held = rng.permuted(held, axis=1)
-  key, value = normal(ROWS, groups, slots, SIZE), normal(
-      ROWS, groups, slots, SIZE)
-  # What stands in free slots is left over from others, and large.
-  for x in (key, value):
-    x[np.broadcast_to((held < 0)[:, None], x.shape[:3])] = 1e4
-  depths = np.array([0, 1, 1, 2, 2])
-  fresh_positions = lengths[:, None] + depths[None]
-  mask = rng.random((ROWS, NODES, NODES)) < 0.5
-  mask |= np.eye(NODES, dtype=bool)
-  mask = mask if by_row else mask[0]
-  arrays = (normal(ROWS, TOKENS, heads, SIZE) * 2, key, value,
-            normal(ROWS, NODES, groups, SIZE),
-            normal(ROWS, NODES, groups, SIZE))
-  places = dict(
-      slot_positions=held.astype(np.int32),
-      positions=fresh_positions[:, start:start + TOKENS].astype(np.int32),
-      fresh_positions=fresh_positions.astype(np.int32),
-      mask=mask[..., start:start + TOKENS, :])
-  return arrays, places
-
 
 def attend(arrays, places, **options):
   return tree_attention(*map(jnp.asarray, arrays), **packed(places),
                         **{"scale": 0.4, **options})
-
-
-def packed(places):
-  """As the op wants them: masks as bits."""
-  places = jax.tree.map(jnp.asarray, places)
-  seen = pack(places.pop("mask"))
-  return {**places, "seen": seen}
 
 
 def check(arrays, places, **options):
@@ -191,24 +122,6 @@ def test_half_precision(slots):
   np.testing.assert_allclose(query, wanted, atol=5e-3)
 
 
-def paged(arrays, places, page, rng):
-  """The same prefix in a pool of pages, in an order of its own."""
-  query, key, value, *fresh = arrays
-  held = places["slot_positions"]
-  rows, groups, slots, size = key.shape
-  each = slots // page
-  numbers = rng.permutation(rows * each)
-  pools = []
-  for x in (key, value):
-    # Whatever earlier owners left behind, a NaN included.
-    x = np.where((held >= 0)[:, None, :, None], x, np.nan)
-    x = x.reshape(rows, groups, each, page, size).transpose(0, 2, 1, 3, 4)
-    pool = np.full((rows * each + 1, groups, page, size), np.nan, np.float32)
-    pool[numbers] = x.reshape(-1, groups, page, size)
-    pools.append(pool)
-  return (query, *pools, *fresh), numbers.reshape(rows, each).astype(np.int32)
-
-
 @pytest.mark.parametrize("page, pages", [(4, 3), (16, 20), (64, 3), (200, 2)])
 @pytest.mark.parametrize("backend", ["cpu", "other"])
 def test_pages(page, pages, backend, monkeypatch):
@@ -239,3 +152,44 @@ def test_other_backends_read_a_long_prefix_at_once(monkeypatch):
       logits_soft_cap=None))(*arrays, **packed(places))
   np.testing.assert_allclose(
       found, reference(*arrays, **places, scale=0.4, window=50), atol=2e-5)
+
+
+@pytest.mark.parametrize("slots", [20, 200])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_eight_bits(slots, dtype):
+  arrays, places = case(slots)
+  stored, scales, meant = eight_bits(arrays, np.random.default_rng(1), dtype)
+  wanted = reference(*meant, **places, scale=0.4)
+  found = attend(stored, places, **scales)
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(found, wanted, atol=2e-5)
+  # In half precision, as in a model, the error is that of the inputs.
+  half = [x.astype(jnp.bfloat16) if x.dtype == np.float32 else x
+          for x in stored]
+  found = attend(half, places, **scales)
+  assert found.dtype == jnp.bfloat16
+  np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=0.05)
+
+
+def test_pages_of_eight_bits():
+  """Nor does a free slot's scale leak."""
+  arrays, places = case(64)
+  stored, scales, meant = eight_bits(arrays, np.random.default_rng(1))
+  wanted = reference(*meant, **places, scale=0.4)
+  pools, table = paged(stored, places, 16, np.random.default_rng(2))
+  scaled, _ = paged(
+      (None, *(x[..., None] for x in scales.values()), None, None), places,
+      16, np.random.default_rng(2))
+  scales = {n: jnp.asarray(x[..., 0]) for n, x in zip(scales, scaled[1:3])}
+  assert jnp.isnan(scales["value_scale"]).any()
+  np.testing.assert_allclose(
+      attend(pools, places, table=jnp.asarray(table), **scales), wanted,
+      atol=2e-5)
+
+
+def test_scales_come_in_pairs():
+  arrays, places = case(20)
+  stored, scales, _ = eight_bits(arrays, np.random.default_rng(1))
+  del scales["value_scale"]
+  with pytest.raises(ValueError, match="key_scale and value_scale go together"):
+    attend(stored, places, **scales)

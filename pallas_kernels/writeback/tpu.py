@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`commit_kv` for TPUs: transfers of the windows that are written, no more.
+
+A slot is not a unit of memory. Rows of bfloat16 lie two to a word, and those
+of int8 four, so that the least that can be written is a window of as many
+slots. Where a window is not written whole it is read, merged and written back.
+All buffers do so at once, and the next window is on its way while this one is
+merged. No two windows in flight overlap, so their order does not matter.
+
+Heads that are no multiple of 128 wide are kept by XLA with slots along lanes,
+because anything else would pad them. Such buffers are looked at the same way,
+which costs no copy; a window is 128 slots there.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.target import Target
+from pallas_kernels.writeback.rounding import rounded
+
+_LANES = 128
+_NODES = 1 << 14                 # of all rows: their plan is in scalar memory
+_BUFFERS = 256
+
+
+def commit_kv(buffers, fresh, path, slots, *, scales, paged, target: Target):
+  """See `pallas_kernels.writeback.op.commit_kv`."""
+  flipped = check(buffers, fresh, path, scales)
+  count, room = len(buffers), buffers[0].shape[2]
+  window = _blocks(target, path.shape[1], buffers[0].shape, buffers[0].dtype)
+  if not path.size:
+    return buffers, scales
+  arguments = [*plan(slots, buffers[0].shape, window, paged=paged),
+               path.reshape(-1).astype(jnp.int32)]
+  firsts = len(arguments) + count
+  wide = [jnp.swapaxes(x, 2, 3) for x in buffers] if flipped else list(buffers)
+  held = [*wide, *(scales or ())]
+  heads, size = fresh[0].shape[2:]
+  block = (heads, size, window) if flipped else (heads, window, size)
+  scratch = [
+      pltpu.VMEM((2, count, *block), buffers[0].dtype),
+      pltpu.VMEM((2, window, count, heads, size), fresh[0].dtype),
+      pltpu.SMEM((path.size,), jnp.int32),
+      pltpu.SemaphoreType.DMA((2, 2))]
+  if scales is not None:
+    scratch.append(pltpu.VMEM((2, count, heads, _LANES), jnp.float32))
+  anywhere = pl.BlockSpec(memory_space=pl.ANY)
+  out = pl.pallas_call(
+      functools.partial(
+          _kernel, count=count, window=window, room=room, flipped=flipped,
+          quantized=scales is not None, nodes=path.shape[1]),
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in held],
+      in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(arguments)
+      + [anywhere] * (count + len(held)),
+      out_specs=[anywhere] * len(held),
+      scratch_shapes=scratch,
+      input_output_aliases={firsts + i: i for i in range(len(held))},
+      compiler_params=pltpu.CompilerParams(
+          has_side_effects=True,
+          vmem_limit_bytes=_memory(count, window, heads, size)),
+      interpret=target.interpret, name="commit_kv")(
+          *arguments, *fresh, *held)
+  out, scales = out[:count], None if scales is None else tuple(out[count:])
+  if flipped:
+    out = [jnp.swapaxes(x, 2, 3) for x in out]
+  return tuple(out), scales
+
+
+def check(buffers, fresh, path, scales) -> bool:
+  """Whether slots lie along lanes.
+
+  Raises:
+    NotImplementedError: for what the kernel does not take.
+  """
+  dtype, room, size = buffers[0].dtype, *buffers[0].shape[2:]
+  flipped = size % _LANES != 0
+  if dtype not in (jnp.float32, jnp.bfloat16, jnp.int8):
+    raise NotImplementedError(
+        f"buffers must be float32, bfloat16 or int8, got {dtype}; use 'xla'")
+  if fresh[0].dtype not in (jnp.float32, jnp.bfloat16):
+    raise NotImplementedError(
+        f"fresh must be float32 or bfloat16, got {fresh[0].dtype}; cast it, "
+        "or use 'xla'")
+  least = _LANES if flipped or scales is not None else 4 // dtype.itemsize
+  if room % least:
+    why = (f"heads of {size} lie with slots along lanes" if flipped else
+           "scales lie along lanes" if scales is not None else
+           f"{least} rows of {dtype} share a word")
+    raise NotImplementedError(
+        f"{room} slots (of a row, or of a page): {why}, so make it a multiple "
+        f"of {least}, or use 'xla'")
+  if path.size > _NODES:
+    raise NotImplementedError(
+        f"{path.size} nodes of all rows: the plan of a call holds {_NODES}; "
+        "split the rows, or use 'xla'")
+  if len(buffers) > _BUFFERS:
+    raise NotImplementedError(
+        f"{len(buffers)} buffers: a call takes {_BUFFERS}; call it for some "
+        "layers at a time, or use 'xla'")
+  return flipped
+
+
+def plan(slots, shape, window: int, *, paged: bool):
+  """What windows are written, by what.
+
+  Returns:
+    For each write its slot among those of all rows or pages, -1 for none. For
+    the first of those that share a window, twice the number of the last
+    that does, and one more if they are all of it; -1 for the others. Writes
+    are numbered through all rows.
+  """
+  rows, nodes = slots.shape
+  slots = slots.astype(jnp.int32)
+  if paged:
+    at = jnp.where(slots < shape[0] * shape[2], slots, -1)
+  else:
+    base = jnp.arange(rows, dtype=jnp.int32)[:, None] * shape[2]
+    at = jnp.where(slots < shape[2], base + slots, -1)
+  mine = jnp.where(at >= 0, at // window, -1)
+  nth = jnp.arange(nodes, dtype=jnp.int32)
+  same = mine[:, :, None] == mine[:, None]                       # [B P P]
+  first = jnp.min(jnp.where(same, nth[None, None], nodes), axis=2)
+  last = jnp.max(jnp.where(same, nth[None, None], -1), axis=2)
+  whole = jnp.sum(same, axis=2) == window
+  last += jnp.arange(rows, dtype=jnp.int32)[:, None] * nodes
+  leads = (at >= 0) & (first == nth[None])
+  job = jnp.where(leads, 2 * last + whole, -1)
+  return at.reshape(-1), job.reshape(-1)
+
+
+def moved_bytes(slots, shape, count: int, itemsize: int, fresh_itemsize: int,
+                nodes: int, *, target: Target, paged: bool = False) -> int:
+  """What is moved for given `slots`, a sequence a row."""
+  rooms, heads, room, size = shape
+  dtype = {1: jnp.int8, 2: jnp.bfloat16, 4: jnp.float32}[itemsize]
+  window = _blocks(target, nodes, shape, jnp.dtype(dtype))
+  moved = 0
+  for b, row in enumerate(slots):
+    row = [s if paged else b * room + s for s in row
+           if s < (rooms * room if paged else room)]
+    groups: dict[int, int] = {}
+    for s in row:
+      groups[s // window] = groups.get(s // window, 0) + 1
+    moved += len(row) * size * fresh_itemsize
+    for held in groups.values():
+      ways = 1 if held == window else 2
+      moved += ways * window * size * itemsize
+      if itemsize == 1:
+        moved += 2 * _LANES * 4
+  return moved * heads * count + 3 * 4 * sum(map(len, slots))
+
+
+def _blocks(target: Target, nodes: int, shape, dtype) -> int:
+  """How many slots a window has."""
+  del target                       # the least that can be written is the same
+  room, size = shape[2:]
+  if size % _LANES:
+    return _LANES
+  # A few nodes: as little as can be. A prompt: whole tiles, which are written
+  # whole and need not be read.
+  least = 4 // dtype.itemsize
+  window = least if nodes <= 16 else 8 * least
+  while room % window:
+    window //= 2
+  return window
+
+
+def _memory(count: int, window: int, heads: int, size: int) -> int:
+  """VMEM for two of all windows, as if all were float32 and padded."""
+  lanes = pl.cdiv(size, _LANES) * _LANES
+  held = (heads * pl.cdiv(window, 8) + window * pl.cdiv(heads, 8)) * 8 * lanes
+  return max(2 * count * held * 4, 16 << 20)
+
+
+def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
+            quantized, nodes):
+  fresh, refs = refs[:count], refs[count:]
+  # The results are the buffers themselves: there is one of each.
+  held = count * (2 if quantized else 1)
+  buffers, refs = refs[held:held + count], refs[held + count:]
+  scales, refs = refs[:held - count], refs[held - count:]
+  old_ref, new_ref, jobs_ref, sems, *refs = refs
+  scale_ref = refs[0] if quantized else None
+
+  def listed(i, found):
+    @pl.when(job_ref[i] >= 0)
+    def _():
+      jobs_ref[found] = i
+    return found + (job_ref[i] >= 0).astype(jnp.int32)
+
+  total = lax.fori_loop(0, job_ref.shape[0], listed, jnp.int32(0))
+
+  def place(j, lanes=None):
+    """Where window j is in each buffer, or in each scale."""
+    slot = at_ref[jobs_ref[j]]
+    size = lanes or window
+    where = pl.ds(pl.multiple_of(slot % room // size * size, size), size)
+    if lanes:
+      return slot // room, slice(None), where
+    if flipped:
+      return slot // room, slice(None), slice(None), where
+    return slot // room, slice(None), where, slice(None)
+
+  def writes(j, act):
+    """Acts on each write that goes to a window."""
+    first = jobs_ref[j]
+    slot = at_ref[first] // window
+
+    def each(i, none):
+      @pl.when((at_ref[i] >= 0) & (at_ref[i] // window == slot))
+      def _():
+        act(i)
+      return none
+
+    lax.fori_loop(first, job_ref[first] // 2 + 1, each, 0)
+
+  def whole(j):
+    return job_ref[jobs_ref[j]] % 2 == 1
+
+  def fetch(j):
+    """Begins to read what a window needs."""
+    turn = j % 2
+    sem = sems.at[turn, 0]
+
+    @pl.when(jnp.logical_not(whole(j)))
+    def _():
+      here = place(j)
+      for n, buffer in enumerate(buffers):
+        pltpu.make_async_copy(buffer.at[here], old_ref.at[turn, n],
+                              sem).start()
+
+    if quantized:
+      here = place(j, _LANES)
+      for n, scale in enumerate(scales):
+        pltpu.make_async_copy(scale.at[here], scale_ref.at[turn, n],
+                              sem).start()
+
+    def nodes_of(i):
+      row, node, slot = i // nodes, path_ref[i], at_ref[i] % window
+      for n, values in enumerate(fresh):
+        pltpu.make_async_copy(values.at[row, node], new_ref.at[turn, slot, n],
+                              sem).start()
+
+    writes(j, nodes_of)
+
+  def arrived(j):
+    """Waits for it. A semaphore counts bytes: once for all buffers."""
+    turn = j % 2
+
+    def wait(ref):
+      pltpu.make_async_copy(ref, ref, sems.at[turn, 0]).wait()
+
+    @pl.when(jnp.logical_not(whole(j)))
+    def _():
+      wait(old_ref.at[turn])
+
+    if quantized:
+      wait(scale_ref.at[turn])
+    writes(j, lambda i: wait(new_ref.at[turn, at_ref[i] % window]))
+
+  def leave(j):
+    """Begins to write a window back."""
+    turn = j % 2
+    sem = sems.at[turn, 1]
+    here = place(j)
+    for n, buffer in enumerate(buffers):
+      pltpu.make_async_copy(old_ref.at[turn, n], buffer.at[here], sem).start()
+    if quantized:
+      here = place(j, _LANES)
+      for n, scale in enumerate(scales):
+        pltpu.make_async_copy(scale_ref.at[turn, n], scale.at[here],
+                              sem).start()
+
+  def left(j):
+    """Waits until it is written."""
+    turn = j % 2
+    for ref in (old_ref, *refs):
+      pltpu.make_async_copy(ref.at[turn], ref.at[turn], sems.at[turn, 1]
+                            ).wait()
+
+  def merge(j):
+    turn = j % 2
+
+    def one(n, none):
+      def put(i):
+        slot = at_ref[i] % window
+        new = new_ref[turn, slot, n].astype(jnp.float32)         # [G K]
+        if quantized:
+          new, scale = rounded(new)
+          new = new.astype(jnp.float32)
+          old = scale_ref[turn, n]
+          lane = at_ref[i] % _LANES
+          scale_ref[turn, n] = jnp.where(
+              _iota(old.shape, 1) == lane, scale[:, None], old)
+        old = _wide(old_ref[turn, n])
+        here = _iota(old.shape, 2 if flipped else 1) == slot
+        new = new[:, :, None] if flipped else new[:, None]
+        old_ref[turn, n] = _narrow(jnp.where(here, new, old), old_ref.dtype)
+
+      writes(j, put)
+      return none
+
+    lax.fori_loop(0, count, one, 0)
+
+  # Two windows are under way. Where one was merged the next but one is read,
+  # so it must have left. Windows of a row may share one of scales, so with
+  # scales there is one at a time.
+  ahead = 0 if quantized else 1
+
+  def step(j, none):
+    @pl.when(j > 0)
+    def _():
+      left(j - 1)
+
+    @pl.when(j + ahead < total)
+    def _():
+      fetch(j + ahead)
+
+    @pl.when(j >= 0)
+    def _():
+      arrived(j)
+      merge(j)
+      leave(j)
+    return none
+
+  lax.fori_loop(-ahead, total, step, 0)
+
+  @pl.when(total > 0)
+  def _():
+    left(total - 1)
+
+
+def _wide(x):
+  """As float32, which holds all that buffers do."""
+  return (x.astype(jnp.int32) if x.dtype == jnp.int8 else x).astype(
+      jnp.float32)
+
+
+def _narrow(x, dtype):
+  return (x.astype(jnp.int32) if dtype == jnp.int8 else x).astype(dtype)
+
+
+def _iota(shape, dimension):
+  return lax.broadcasted_iota(jnp.int32, shape, dimension)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs are made of the kernels that are asked for, and say the same.
+
+Held here: a generator's choice is refused where its devices cannot have it;
+what the kernels of a TPU give, interpreted, is the text of XLA's programs, for
+each cache, plain, drafted by a head and by prompt lookup; and the program of a
+decoding that is compiled for a TPU calls every op's kernel, on one device and
+on four, with its caches in place.
+"""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+
+from jaxspec import kernels, loop, sharding
+from jaxspec.drafters.early_exit import EarlyExit
+from jaxspec.drafters.prompt_lookup import PromptLookup
+from jaxspec.errors import InputError
+from jaxspec.generator import Generator
+from jaxspec.heads import ExitHead
+from jaxspec.models.transformer import Transformer, abstract_source
+from jaxspec.options import Options
+from jaxspec.verifiers.exact import exact
+from pallas_kernels import target
+from tests.jaxspec import batches
+from tests.jaxspec.test_memory import LLAMA_3_8B, placed, scalar
+
+PROMPTS = [[5, 9, 2, 9, 5, 9, 2], [7, 1]]
+
+
+def test_choices_fit_the_devices():
+  mesh = sharding.make_mesh()
+  assert kernels.choose(None, mesh) is None
+  assert kernels.choose("xla", mesh).implementation == "xla"
+  assert kernels.choose("interpret", mesh).platform == "tpu"
+  with pytest.raises(InputError, match="kernels=tpu is not for the devices of "
+                     "this mesh, which are cpu"):
+    kernels.choose("tpu", mesh)
+  with pytest.raises(InputError, match="got 'tpuu'.*tpu"):
+    kernels.choose("tpuu", mesh)
+
+
+def test_nothing_is_aimed_at_a_cpu():
+  with kernels.on(sharding.make_mesh(), None):
+    assert not kernels.wanted()
+  with kernels.on(sharding.make_mesh(), target.Target("tpu", "",
+                                                      implementation="xla")):
+    assert not kernels.wanted()
+
+
+def test_a_shape_that_a_kernel_asked_for_does_not_take_is_explained():
+  goal = target.Target("tpu", "TPU v5 lite", implementation="tpu")
+  with pytest.raises(InputError, match="kernels=tpu: op: tpu: odd; leave"), (
+      kernels.on(sharding.make_mesh(), goal)):
+    raise NotImplementedError("op: tpu: odd")
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("drafter, cache", [
+    ("exit", "contiguous"), ("prompt_lookup", "paged:page=8"),
+    ("autoregressive", "window"),
+    pytest.param("autoregressive", "contiguous", marks=slow),
+    pytest.param("autoregressive", "paged:page=8", marks=slow),
+    pytest.param("prompt_lookup", "contiguous", marks=slow),
+    pytest.param("prompt_lookup", "window", marks=slow)])
+def test_interpreted_kernels_give_the_same_text(
+    quick_compiles, small, drafter, cache):
+  if drafter == "exit":
+    drafter = EarlyExit(ExitHead.init(small, layer=1), ((0,), (0, 0)))
+  found = []
+  for choice in (None, "interpret"):
+    made = Generator(small, rows=2, capacity=32, cache=cache, drafter=drafter,
+                     kernels=choice)
+    found.append(made.generate(PROMPTS, [
+        Options(max_new_tokens=9), Options(max_new_tokens=9, temperature=0.8,
+                                           seed=3)]))
+  plain, interpreted = found
+  assert [c.token_ids for c in plain] == [c.token_ids for c in interpreted]
+  if drafter != "autoregressive":
+    assert sum(c.stats.drafted for c in interpreted)
+
+
+@pytest.fixture(scope="module")
+def chips():
+  """Four of v5e, which are not there."""
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("pip install jax[tpu] for the TPU compiler")
+  # Programs compiled for a device that is not there cannot be read back.
+  cache = jax.config.jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)
+  yield topologies.get_topology_desc(platform="tpu",
+                                     topology_name="v5e:2x2").devices
+  jax.config.update("jax_enable_compilation_cache", cache)
+
+
+@pytest.mark.parametrize("sizes, drafter", [
+    ({}, "exit"), ({"data": 2, "tensor": 2}, "prompt_lookup"),
+    pytest.param({}, "prompt_lookup", marks=slow)])
+def test_a_program_for_a_tpu_calls_the_kernels(chips, sizes, drafter):
+  mesh = sharding.make_mesh(sizes, chips)
+  config = LLAMA_3_8B(depth=2)
+  model = Transformer(config, abstract_source(jnp.bfloat16, mesh))
+  if drafter == "exit":
+    head = ExitHead(model, abstract_source(jnp.bfloat16, mesh), layer=1,
+                    mlp=256)
+    made = EarlyExit(head, ((0,), (0, 0)), cache_dtype="bfloat16")
+  else:
+    made = PromptLookup(length=7)
+  with kernels.on(mesh, kernels.choose(None, mesh)):
+    state = placed(lambda: loop.init(
+        model, made, model.init_cache(batches.cache_kind("contiguous"), 8, 8192,
+                                      jnp.bfloat16),
+        capacity=8192, stops=16, biases=64))
+    compiled = loop.decode.lower(
+        model, made, exact, state, scalar(jnp.int32, mesh),
+        scalar(bool, mesh)).compile()
+  text, memory = compiled.as_text(), compiled.memory_analysis()
+  called = {line.partition("op_name=")[2] for line in text.splitlines()
+            if "tpu_custom_call" in line}
+  wanted = {"tree_attention", "commit_kv", "fused_mlp", "accept_nodes"}
+  if drafter == "exit" and not sizes:
+    wanted.add("proposal_head")
+  assert not {op for op in wanted if not any(op in name for name in called)}
+  held = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+             for x in jax.tree.leaves(state))
+  assert memory.alias_size_in_bytes >= held * 0.99
+  # A copy of one layer's keys would not fit in.
+  keys = state.seq.cache.k[0]
+  assert memory.temp_size_in_bytes < keys.dtype.itemsize * np.prod(
+      keys.sharding.shard_shape(keys.shape))

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU kernels, simulated: equal to their meaning, without races."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import Target, quantized
+from pallas_kernels.matmul import gpu, xla
+from tests.pallas_kernels.matmul.weights import normal, weight
+
+try:
+  InterpretGPUParams = plgpu.InterpretGPUParams
+except AttributeError:           # jax 0.10
+  from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+H100 = Target("gpu", "NVIDIA H100 80GB HBM3")
+SIMULATED = Target("gpu", H100.kind,
+                   interpret=InterpretGPUParams(detect_races=True))
+BF16 = jnp.bfloat16
+MLP = dict(eps=1e-5, activation="silu")
+
+
+def races_found():
+  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+  return interpret_pallas_call.get_races().races_found
+
+
+def streamed(target=SIMULATED):
+  return jax.jit(functools.partial(gpu.streamed_matmul, target=target))
+
+
+def test_product():
+  x = normal(3, 192, dtype=BF16).at[1].set(jnp.nan)
+  stack = weight("plain", 2, 256, 192, dtype=BF16)
+  live = jnp.array([True, False, True])
+  y = streamed()(x, stack.at[0].set(jnp.nan), jnp.int32(1), live)
+  assert not races_found()
+  np.testing.assert_allclose(
+      y, xla.streamed_matmul(x, stack, jnp.int32(1), live), atol=1e-5)
+  assert np.abs(y).max() > 1
+
+
+def test_nothing_is_read_when_all_rows_have_left():
+  y = streamed()(normal(2, 64, dtype=BF16), jnp.full((1, 128, 64), jnp.nan,
+                                                     BF16),
+                 jnp.int32(0), jnp.zeros(2, bool))
+  np.testing.assert_array_equal(y, np.zeros((2, 128)))
+
+
+def test_mlp():
+  x, norm = normal(2, 128, dtype=BF16), 1 + 0.1 * normal(2, 128, seed=2)
+  arguments = (x, norm, *(weight("plain", 2, 128, 128, seed=seed, dtype=BF16)
+                          for seed in (3, 4, 5)), jnp.int32(1), None)
+  y = jax.jit(functools.partial(gpu.fused_mlp, target=SIMULATED, **MLP))(
+      *arguments)
+  assert not races_found()
+  # A hidden value may be rounded the other way.
+  np.testing.assert_allclose(y, xla.fused_mlp(*arguments, **MLP), atol=1e-2)
+
+
+@pytest.mark.parametrize("rows,width,mlp", [(1, 4096, 14336), (64, 576, 1536)])
+def test_lowers_for_h100(rows, width, mlp):
+  shape = jax.ShapeDtypeStruct
+  lowered = export.export(
+      streamed(H100), platforms=["cuda"],
+      disabled_checks=[
+          export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")])(
+              shape((rows, width), BF16), shape((4, mlp, width), BF16),
+              shape((), jnp.int32), shape((rows,), jnp.bool_))
+  assert "mosaic_gpu_v2" in lowered.mlir_module()
+
+
+def test_refusals_say_what_else_to_do():
+  x, stack = normal(2, 64, dtype=BF16), normal(1, 128, 64, dtype=BF16)
+  refused = [
+      (normal(65, 64, dtype=BF16), stack, "up to 64 rows"),
+      (x, quantized.quantize(stack), "not widened"),
+      (x.astype(jnp.float32), stack, "bfloat16"),
+      (x, stack[:, :100], "outputs by the 128"),
+  ]
+  for rows, weights, reason in refused:
+    with pytest.raises(NotImplementedError, match=reason) as error:
+      gpu.streamed_matmul(rows, weights, jnp.int32(0), None, target=H100)
+    assert "implementation='xla'" in str(error.value)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every case of every op: compiled for real chips, and counted."""
+
+import importlib.util
+import pathlib
+import zlib
+
+import jax
+import pytest
+
+from pallas_kernels import compiling, floors, support
+from pallas_kernels.case import collect
+
+# A slot is no unit of memory: two of bfloat16 and four of int8 are one word,
+# and of heads of 64 XLA keeps slots along lanes, 128 of them in a tile. Where
+# few tokens are written, what is around them is read and written back.
+GRAIN = {"commit_kv": 3.5, "commit_kv: smollm2-135m, 3 of 8 nodes": 44}
+CASES = [pytest.param(case, id=f"{case.op}: {case.name}")
+         for case in collect()]
+
+
+def by_day(case, topology):
+  """Whether it is compiled in the quick tests: a second of CPU each.
+
+  The odd sizes of SmolLM2 for one chip, a quarter of the others for another.
+  """
+  if case.name.startswith("smollm2"):
+    return topology == "v5e"
+  return topology == "tpu7x" and zlib.crc32(case.name.encode()) % 4 == 0
+
+
+@pytest.fixture(scope="module")
+def device():
+  """A device of a topology, by its name."""
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("pip install jax[tpu] for the TPU compiler")
+  cache = jax.config.jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)
+  yield compiling.device
+  jax.config.update("jax_enable_compilation_cache", cache)
+
+
+@pytest.mark.parametrize("case, topology", [
+    pytest.param(case, topology, id=f"{topology}, {case.op}: {case.name}",
+                 marks=() if by_day(case, topology) else pytest.mark.slow)
+    for case in collect() for topology in compiling.TOPOLOGIES])
+def test_the_tpu_compiler_takes_it(case, topology, device):
+  outcome = compiling.compile_tpu(case, topology, device(topology))
+  assert outcome.status == "compiles", outcome.reason
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_gpu_takes_it_or_says_why_not(case):
+  outcome = compiling.lower_gpu(case)
+  assert outcome.status in ("lowers", "refuses"), outcome.reason
+  assert outcome.status == "lowers" or outcome.reason
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernel_moves_hardly_more_than_it_must(case):
+  arguments = _bytes(case.arguments)
+  results = _bytes(jax.eval_shape(
+      lambda *args: case.call(*args, implementation="xla"), *case.arguments))
+  assert 0 < case.least_bytes <= arguments + results
+  most = GRAIN.get(f"{case.op}: {case.name}",
+                   GRAIN.get(case.op, floors.MOST))
+  assert 1 <= floors.ratio(case) <= most
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_samples_fit(case):
+  if _bytes(case.arguments) > 64 << 20:
+    pytest.skip("large")
+  same = jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype),
+                      case.sample(0), case.arguments)
+  assert jax.tree.all(same)
+
+
+def test_the_table_in_the_readme():
+  """Renew it: python -m pallas_kernels support --readme=FILE."""
+  text = (pathlib.Path(floors.__file__).parent / "README.md").read_text()
+  assert text == support.insert(text, support.table(
+      support.ask_all(collect())))
+
+
+def _bytes(tree):
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Least times by hand, and what is shown of them."""
+
+import dataclasses
+
+import pytest
+
+from pallas_kernels import floors, support
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.errors import InputError
+from pallas_kernels.target import CHIPS, Chip
+from tests.pallas_kernels import samples
+
+# A byte takes a second, and so do ten operations.
+CHIP = Chip(1.0, 10.0, 20.0, 1, 1)
+
+
+def test_the_longer_of_two_times():
+  case = samples.case()
+  f = floors.floor(case, "by hand", CHIP)
+  assert f.memory_seconds == case.least_bytes
+  assert f.compute_seconds == case.operations / 10
+  assert f.bound == "memory" and f.seconds == f.memory_seconds
+  f = floors.floor(case, "by hand", Chip(1e9, 10.0, 20.0, 1, 1))
+  assert f.bound == "compute" and f.seconds == f.compute_seconds
+
+
+def test_published_figures():
+  """A v5e reads its whole memory in 21 ms, an H100 in 26."""
+  seconds = {kind: chip.memory / chip.bandwidth for kind, chip in CHIPS.items()}
+  assert seconds["TPU v5 lite"] == pytest.approx(0.021, rel=0.01)
+  assert seconds["NVIDIA H100 80GB HBM3"] == pytest.approx(0.0256, rel=0.01)
+
+
+def test_what_is_shown():
+  case = samples.case()
+  lines = floors.table([case]).splitlines()
+  assert lines[0].count("|") == lines[2].count("|") == len(CHIPS) + 7
+  assert lines[2].startswith("| bump | small, bump 8 | 0.3072 | 0.3072 | 1.000 "
+                             "| 0.0021 | 0.375 | ")
+  (record,) = floors.records([case])
+  assert record["ratio"] == 1.0
+  assert record["chips"]["TPU v5 lite"]["seconds"] == pytest.approx(
+      case.least_bytes / 819e9)
+
+
+def test_support_is_what_the_dispatcher_says():
+  answers = support.ask_all([samples.case()])
+  assert {(a.probe, a.implementation): a.taken for a in answers} == {
+      (probe, name): taken
+      for probe, tpu in (("small, bump 8", True),
+                         ("small, bump 8, float32", True),
+                         ("small, bump 8, float16", False))
+      for name, taken in (("tpu", tpu), ("gpu", False), ("xla", True))}
+  assert support.table(answers).splitlines() == [
+      "| op | | tpu | gpu | xla |", "|---|---|---|---|---|",
+      "| bump | small, bump 8 | yes | no (1) | yes |",
+      "| bump | small, bump 8, float32 | yes | no (1) | yes |",
+      "| bump | small, bump 8, float16 | no (2) | no (1) | yes |", "",
+      "1. rows below 64; use xla",
+      "2. no TPU has float16; use bfloat16, or xla"]
+
+
+def test_models_that_are_answered_alike_are_one_row():
+  answers = [a for name, case in (
+      ("smollm2-135m, bump 8", samples.case()),
+      ("llama3-70b, one of 8, bump 8", samples.case()),
+      ("smollm2-135m wide, bump 8", samples.case()),
+      ("llama3-8b wide, bump 8", samples.case(dtype="float16")))
+             for a in support.ask(case, name)]
+  assert [line.split("|")[2].strip()
+          for line in support.table(answers).splitlines()[2:5]] == [
+              "bump 8", "smollm2-135m wide, bump 8", "llama3-8b wide, bump 8"]
+
+
+def test_a_table_in_a_readme():
+  text = f"a\n{support.BEGIN}\nold\n{support.END}\nb\n"
+  assert support.insert(text, "new") == text.replace("old", "new")
+  with pytest.raises(InputError, match="has no lines '<!-- support -->'"):
+    support.insert("a", "new")
+
+
+def test_an_implementation_that_is_not_there():
+  case = samples.case()
+  only = lambda *args, implementation: dispatch(
+      "bump", {"xla": samples._xla}, implementation, *args)
+  answers = support.ask(dataclasses.replace(case, call=only))
+  assert [a.taken for a in answers] == [None, None, True]
+
+
+def test_a_mistake_is_no_refusal():
+  with pytest.raises(ValueError, match="520 columns are no multiple of 128"):
+    support.ask(samples.case(columns=520))

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`commit_kv` for TPUs: interpreted, with races looked for, and lowered.
+
+Held here: windows written in part and whole, shared by several nodes and left
+and met again; rows that keep nothing; pages; slots along lanes; rounding.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import Target, aim, commit_kv
+from pallas_kernels.writeback import tpu
+from pallas_kernels.writeback.cases import cases
+from tests.pallas_kernels.writeback.places import KINDS, call, meaning, same
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+RACES = pltpu.InterpretParams(detect_races=True)
+
+
+def run(arguments, paged=False, interpret=RACES):
+  *arguments, scales = arguments
+  with aim(Target("tpu", "TPU v5 lite", interpret=interpret)):
+    return jax.jit(lambda *args: commit_kv(
+        *args, paged=paged, implementation="tpu", scales=scales))(*arguments)
+
+
+def no_races():
+  try:
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+    races = interpret_pallas_call.races
+  except (ImportError, AttributeError):
+    return                             # newer versions raise
+  assert not races.races_found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_its_meaning(kind):
+  settings = KINDS[kind]
+  arguments = call(**settings)
+  paged = "pages" in settings
+  same(run(arguments, paged), meaning(*arguments, paged=paged))
+  no_races()
+
+
+def test_by_the_other_interpreter():
+  arguments = call("bfloat16", rows=2, kept=[2, 5], start=[4, 7])
+  same(run(arguments, interpret=True), meaning(*arguments))
+
+
+def test_a_ring_that_comes_back_to_a_window():
+  buffers, fresh, path, _, _ = call(
+      "bfloat16", rows=1, nodes=20, longest=20, kept=[20], start=[0])
+  slots = (jnp.arange(20, dtype=jnp.int32)[None] + 13) % 32
+  arguments = (buffers, fresh, path, slots, None)
+  same(run(arguments), meaning(*arguments))
+  no_races()
+
+
+def test_nothing_is_kept():
+  arguments = call("bfloat16", kept=[0, 0, 0])
+  found, _ = run(arguments)
+  for x, y in zip(found, arguments[0]):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("changes, reason", [
+    (dict(dtype="bfloat16", room=33), "share a word"),
+    (dict(dtype="bfloat16", room=32, size=64), "along lanes"),
+    (dict(dtype="int8", room=32), "scales lie along lanes"),
+    (dict(dtype="float16"), "got float16")])
+def test_refuses(changes, reason):
+  buffers, fresh, path, slots, scales = call(**changes)
+  with pytest.raises(NotImplementedError, match=reason):
+    commit_kv(buffers, fresh, path, slots, scales=scales,
+              implementation="tpu")
+  with aim(Target("tpu", "TPU v5 lite")):        # and falls through
+    commit_kv(buffers, fresh, path, slots, scales=scales)
+
+
+def test_lowers_for_a_tpu():
+  arguments = call("bfloat16")[:4]
+  with aim(Target("tpu", "TPU v5 lite")):
+    lowered = export.export(jax.jit(lambda *args: commit_kv(*args)),
+                            platforms=["tpu"])(*arguments)
+  assert "tpu_custom_call" in lowered.mlir_module()
+
+
+def test_counts_what_it_moves():
+  """Of bfloat16 two slots share a window, which is read unless it is new."""
+  shape = (1, 8, 64, 128)
+  def moved(slots):
+    return tpu.moved_bytes([slots], shape, 1, 2, 2, len(slots),
+                           target=Target("tpu")) - 12 * len(slots)
+  token = 8 * 128 * 2
+  assert moved([2, 3]) == token * (2 + 2)
+  assert moved([3, 4]) == token * (2 + 4 + 4)
+  assert moved([64]) == 0
+  for case in cases():
+    assert case.least_bytes <= case.moved_bytes
+  prompt = {case.name: case for case in cases()}["llama3-8b, prompt of 512"]
+  assert prompt.moved_bytes <= 1.1 * prompt.least_bytes
