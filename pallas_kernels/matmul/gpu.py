@@ -25,11 +25,14 @@ _BYTES = 160 << 10               # of shared memory, for chunks on their way
 
 def streamed_matmul(x, stack, layer, live, *, target: Target):
   """See `pallas_kernels.matmul.op.streamed_matmul`."""
-  _check(x, stack)
-  head = _head(layer, live)
-  y = _stream(lambda y: y, x, [stack], head, jnp.float32,
-              target)
-  return _of_live(y, live)
+  scale = None
+  if isinstance(stack, QArray):
+    # The rows of a product are its outputs: scaling them is left to XLA.
+    scale = lax.dynamic_slice_in_dim(stack.scale, layer, 1)
+    stack = stack.values
+  _check(x, stack, dtypes=(jnp.bfloat16, jnp.int8))
+  y = _stream(lambda y: y, x, [stack], _head(layer, live), jnp.float32, target)
+  return _of_live(y if scale is None else y * scale, live)
 
 
 def quantized_matmul(x, weight, *, target: Target):
@@ -50,8 +53,7 @@ def fused_mlp(x, norm, gate, up, down, layer, live, *, eps, activation,
   hidden = _stream(
       lambda gate, up: IN_KERNELS[activation](gate) * up,
       (y * norm).astype(x.dtype), [gate, up], head, x.dtype, target)
-  y = _stream(lambda y: y, hidden, [down], head, jnp.float32,
-              target)
+  y = _stream(lambda y: y, hidden, [down], head, jnp.float32, target)
   return _of_live(y, live)
 
 
@@ -63,8 +65,16 @@ def _stream(finish, x, stacks, head, dtype, target):
   ahead = _BYTES // ((len(stacks) * _TILE + _WIDE) * _CHUNK * 2)
   ahead = min(ahead, inputs // _CHUNK, 8)
 
+  scratch = [plgpu.SMEM((_TILE, _WIDE), dtype)]
+  if stacks[0].dtype != x.dtype:
+    # Integers are widened here.
+    shape = (_TILE, _CHUNK)
+    scratch.append(plgpu.SMEM(shape, x.dtype,
+                              transforms=_transforms(shape, x.dtype)))
+
   def kernel(head_ref, x_ref, *refs):
-    *stack_refs, out_ref, out_smem = refs
+    stack_refs, (out_ref, out_smem, *wide) = (refs[:len(stacks)],
+                                              refs[len(stacks):])
     start = lax.axis_index("tile") * _TILE
 
     @pl.when(head_ref[1] != 0)
@@ -74,13 +84,18 @@ def _stream(finish, x, stacks, head, dtype, target):
       def scope(*accs):
         def body(_, x_ref, *tile_refs):
           for acc, tile in zip(accs, tile_refs, strict=True):
+            if wide:
+              wide[0][...] = tile[...].astype(x_ref.dtype)
+              plgpu.commit_smem()
+              tile = wide[0]
             plgpu.wgmma(acc, tile, x_ref)
           plgpu.wgmma_wait(0)
 
         plgpu.emit_pipeline(
             body, grid=(inputs // _CHUNK,), max_concurrent_steps=ahead,
-            in_specs=[_block((_CHUNK, _WIDE), lambda k: (k, 0))]
-            + [_block((_TILE, _CHUNK), lambda k: (0, k))] * len(stacks))(
+            in_specs=[_block((_CHUNK, _WIDE), lambda k: (k, 0), x.dtype)]
+            + [_block((_TILE, _CHUNK), lambda k: (0, k), stack.dtype)
+               for stack in stacks])(
                 x_ref, *(ref.at[layer, pl.ds(start, _TILE)]
                          for ref in stack_refs))
         return tuple(acc[...] for acc in accs)
@@ -95,18 +110,21 @@ def _stream(finish, x, stacks, head, dtype, target):
   y = plgpu.kernel(
       kernel, grid=(outputs // _TILE,), grid_names=("tile",),
       out_type=jax.ShapeDtypeStruct((outputs, _WIDE), dtype),
-      scratch_types=[plgpu.SMEM((_TILE, _WIDE), dtype)],
+      scratch_types=scratch,
       compiler_params=plgpu.CompilerParams(
           lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
       interpret=target.interpret)(head, x, *stacks)
   return y[:, :rows].T
 
 
-def _block(shape, place):
-  swizzle = plgpu.find_swizzle(shape[1] * 16)
-  return plgpu.BlockSpec(
-      shape, place, transforms=(plgpu.TilingTransform((8, swizzle // 2)),
-                                plgpu.SwizzleTransform(swizzle)))
+def _block(shape, place, dtype):
+  return plgpu.BlockSpec(shape, place, transforms=_transforms(shape, dtype))
+
+
+def _transforms(shape, dtype):
+  swizzle = plgpu.find_swizzle(shape[1] * dtype.itemsize * 8)
+  return (plgpu.TilingTransform((8, swizzle // dtype.itemsize)),
+          plgpu.SwizzleTransform(swizzle))
 
 
 def _head(layer, live):
@@ -120,7 +138,7 @@ def _of_live(y, live):
   return y if live is None else jnp.where(live[:, None], y, 0)
 
 
-def _check(x, *stacks):
+def _check(x, *stacks, dtypes=(jnp.bfloat16,)):
   rows, inputs = x.shape
   if rows > _WIDE:
     raise NotImplementedError(
@@ -128,11 +146,11 @@ def _check(x, *stacks):
   for stack in stacks:
     if isinstance(stack, QArray | GroupedQArray):
       raise NotImplementedError(
-          "quantized weights are not widened on the way to a GPU's tensor "
-          "cores yet; use implementation='xla'")
-    if x.dtype != jnp.bfloat16 or stack.dtype != jnp.bfloat16:
+          "of quantized weights only QArrays are widened on the way to a GPU's "
+          "tensor cores, and not in fused_mlp; use implementation='xla'")
+    if x.dtype != jnp.bfloat16 or stack.dtype not in dtypes:
       raise NotImplementedError(
-          f"rows and weights are bfloat16, got {x.dtype} and {stack.dtype}: "
+          f"rows are bfloat16, weights too, got {x.dtype} and {stack.dtype}: "
           "tensor cores would round float32; use implementation='xla'")
     if stack.shape[-2] % _TILE or inputs % _CHUNK:
       raise NotImplementedError(

@@ -10,7 +10,7 @@ import pytest
 from jax import export
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import Target, quantized
+from pallas_kernels import QArray, Target, quantized
 from pallas_kernels.matmul import gpu, xla
 from tests.pallas_kernels.matmul.weights import normal, weight
 
@@ -37,11 +37,12 @@ def streamed(target=SIMULATED):
   return jax.jit(functools.partial(gpu.streamed_matmul, target=target))
 
 
-def test_product():
+@pytest.mark.parametrize("kind", ["plain", "int8"])
+def test_product(kind):
   x = normal(3, 192, dtype=BF16).at[1].set(jnp.nan)
-  stack = weight("plain", 2, 256, 192, dtype=BF16)
+  stack = weight(kind, 2, 256, 192, dtype=BF16)
   live = jnp.array([True, False, True])
-  y = streamed()(x, stack.at[0].set(jnp.nan), jnp.int32(1), live)
+  y = streamed()(x, stack, jnp.int32(1), live)
   assert not races_found()
   np.testing.assert_allclose(
       y, xla.streamed_matmul(x, stack, jnp.int32(1), live), atol=1e-5)
@@ -66,15 +67,24 @@ def test_mlp():
   np.testing.assert_allclose(y, xla.fused_mlp(*arguments, **MLP), atol=1e-2)
 
 
-@pytest.mark.parametrize("rows,width,mlp", [(1, 4096, 14336), (64, 576, 1536)])
-def test_lowers_for_h100(rows, width, mlp):
+@pytest.mark.parametrize("kind,rows,width,mlp", [
+    ("plain", 1, 4096, 14336), ("plain", 64, 576, 1536),
+    ("int8", 8, 4096, 14336)])
+def test_lowers_for_h100(kind, rows, width, mlp):
   shape = jax.ShapeDtypeStruct
+
+  def f(x, values, scale, layer, live):
+    stack = values if kind == "plain" else QArray(values, scale)
+    return gpu.streamed_matmul(x, stack, layer, live, target=H100)
+
   lowered = export.export(
-      streamed(H100), platforms=["cuda"],
+      jax.jit(f), platforms=["cuda"],
       disabled_checks=[
           export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")])(
-              shape((rows, width), BF16), shape((4, mlp, width), BF16),
-              shape((), jnp.int32), shape((rows,), jnp.bool_))
+              shape((rows, width), BF16),
+              shape((4, mlp, width), BF16 if kind == "plain" else jnp.int8),
+              shape((4, mlp), jnp.float32), shape((), jnp.int32),
+              shape((rows,), jnp.bool_))
   assert "mosaic_gpu_v2" in lowered.mlir_module()
 
 
@@ -82,7 +92,7 @@ def test_refusals_say_what_else_to_do():
   x, stack = normal(2, 64, dtype=BF16), normal(1, 128, 64, dtype=BF16)
   refused = [
       (normal(65, 64, dtype=BF16), stack, "up to 64 rows"),
-      (x, quantized.quantize(stack), "not widened"),
+      (x, quantized.quantize_groups(stack, 32), "only QArrays"),
       (x.astype(jnp.float32), stack, "bfloat16"),
       (x, stack[:, :100], "outputs by the 128"),
   ]
