@@ -82,8 +82,13 @@ def meaning(buffers, fresh, path, slots, scales, *, paged=False):
 
 
 def same(found, wanted):
-  """Asserts equality, of scales but for the last bit."""
+  """Asserts equality; the last bit of a scale may tip a few halves over."""
   for x, y in zip(found[0], wanted[0], strict=True):
-    np.testing.assert_array_equal(np.asarray(x), y)
+    if y.dtype == np.int8:
+      apart = np.abs(np.asarray(x, np.int32) - y)
+      assert apart.max() <= 1
+      assert np.sum(apart) <= 20
+    else:
+      np.testing.assert_array_equal(np.asarray(x), y)
   for x, y in zip(found[1] or (), wanted[1] or (), strict=True):
     np.testing.assert_allclose(np.asarray(x), y, rtol=2e-7)
