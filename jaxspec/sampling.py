@@ -119,12 +119,10 @@ class Laws:
 
     def part(logits, temperature, noise):
       """Of the words a shard holds, then of all."""
-      first = None
-      if split:
-        first = lax.axis_index(split) * logits.shape[-1]
+      first = (lax.axis_index(split) * logits.shape[-1] if split else None)
       judged = accept_nodes(logits, temperature=temperature, noise=noise,
                             first=first)
-      if not split:
+      if first is None:
         return judged.token
       best = lax.pmax(judged.score, split) == judged.score
       return lax.pmin(jnp.where(best, first + judged.token,

@@ -73,8 +73,8 @@ def tune(settings: Any) -> int:
       continue
     best, tuned = tuning.winner(trials), tuned + 1
     print(f"{best.case.op} {best.key}: {best.blocks} takes "
-          f"{1e6 * best.seconds:.1f} us, {first.blocks} of the heuristic "
-          f"{1e6 * first.seconds:.1f}; {len(trials)} tried, "
+          f"{1e6 * (best.seconds or 0):.1f} us, {first.blocks} of the "
+          f"heuristic {1e6 * first.seconds:.1f}; {len(trials)} tried, "
           f"{sum(t.seconds is None for t in trials)} of them in vain",
           flush=True)
     tuning.enter(table, target, trials)

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.acceptance.xla import COLDEST
+from pallas_kernels.blocks import choose
 from pallas_kernels.noise import gumbel
 from pallas_kernels.target import Target
 
@@ -118,6 +119,11 @@ def moved_bytes(count: int, vocab: int, itemsize: int, draft_itemsize: int = 0,
 def _blocks(target: Target, count: int, vocab: int, judged: bool
             ) -> tuple[int, int]:
   """Nodes in a block, and tokens in a tile."""
+  return choose("accept_nodes", target, (count, vocab, int(judged)),
+                lambda: _guess(target, count, vocab, judged))
+
+
+def _guess(target, count, vocab, judged):
   # Work on a block is in vectors of eight nodes. Few at a time, for the sake
   # of registers; a wide tile, for the sake of long transfers.
   block = count if count < 8 else 8 if judged or count < 16 else 16

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blocks import choose
 from pallas_kernels.target import Target
 
 # Finite, so that a token which has seen nothing yet has no NaN.
@@ -150,9 +151,12 @@ def _plan(query_shape, key_shape, dtype, slots, paged, scales, target):
           f"multiple of {tile}; use 'xla', or caches of such a capacity")
   block = min(_BLOCK_BYTES // slot_bytes, _SCORES // max(tokens * share, 16),
               1024)
-  units = max(1, min(block // unit, slots // unit))
-  if unit % tile:
-    units = 1
+  most = max(1, slots // unit)
+  units = 1
+  if unit % tile == 0:
+    units = min(most, choose(
+        "tree_attention", target, (tokens, heads, groups, size, unit, dtype),
+        lambda: max(1, min(block // unit, most))))
   return Plan(cores, together, tokens, unit, units,
               -(-slots // (unit * units)), slots_minor)
 

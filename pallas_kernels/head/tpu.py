@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blocks import choose
 from pallas_kernels.head.law import Parts, join
 from pallas_kernels.head.xla import COLDEST, rms_norm
 from pallas_kernels.noise import gumbel
@@ -130,6 +131,11 @@ def check(x, unembedding, count) -> None:
 def _blocks(target: Target, rows: int, vocab: int, width: int, itemsize: int
             ) -> tuple[int, int]:
   """Rows of the unembedding in a tile, and parts of the vocabulary."""
+  return choose("proposal_head", target, (rows, vocab, width, itemsize),
+                lambda: _guess(target, rows, vocab, width, itemsize))
+
+
+def _guess(target, rows, vocab, width, itemsize):
   # A transfer is worth its start from a few megabytes on; two must fit, and a
   # small vocabulary still wants a few steps to overlap.
   tile = min((4 << 20) // (width * itemsize), (128 << 10) // max(rows, 16),

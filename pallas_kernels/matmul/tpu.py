@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blocks import choose
 from pallas_kernels.matmul.activations import IN_KERNELS
 from pallas_kernels.quantized import GroupedQArray, QArray
 from pallas_kernels.target import CHIPS, Target
@@ -46,7 +47,7 @@ def streamed_matmul(x, stack, layer, live, *, target: Target):
   rows, inputs = x.shape
   outputs = stack.shape[1]
   _check("streamed_matmul", x, [stack])
-  tile = _tile("streamed_matmul", outputs, _layer_bytes(stack))
+  tile = _tile("streamed_matmul", target, rows, outputs, _layer_bytes(stack))
   scratch = []
   if isinstance(stack, GroupedQArray):
     resident = [x]
@@ -91,7 +92,8 @@ def fused_mlp(x, norm, gate, up, down, layer, live, *, eps, activation,
     raise NotImplementedError("weights are all arrays, or all QArrays; "
                               "use implementation='xla'")
   size = gate.shape[1]
-  tile = _tile("fused_mlp", size, sum(map(_layer_bytes, weights)))
+  tile = _tile("fused_mlp", target, len(x), size,
+               sum(map(_layer_bytes, weights)))
   resident = [x, _row(norm, layer)]
   if isinstance(gate, QArray):
     resident += [_row(w.scale, layer) for w in weights]
@@ -389,8 +391,18 @@ def _check(op, x, weights):
           "use implementation='xla'")
 
 
-def _tile(op, outputs, layer_bytes):
+def _tile(op, target, rows, outputs, layer_bytes):
   """Outputs a tile: the most of 128, 256 ... that divide them and are small."""
+  found = choose(op, target, (rows, outputs, layer_bytes),
+                 lambda: _guess(op, outputs, layer_bytes))
+  if outputs % found or found % LANES and found < outputs:
+    raise NotImplementedError(
+        f"{op}: a table has tiles of {found} for {outputs} outputs, which "
+        f"they do not divide by the {LANES}; tune again")
+  return found
+
+
+def _guess(op, outputs, layer_bytes):
   if outputs % LANES:
     if layer_bytes <= TOY:
       return outputs
