@@ -8,7 +8,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TEST_VENV ?= .venv-test
-# Two processes suit a small machine; each holds a model of its own.
+# Two processes suit a small machine; each holds a model of its own, and takes
+# whole files, whose tests share what is compiled.
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -36,7 +37,8 @@ demo: $(VENV)/.demo ## a real model answers, with speculation
 	  --max_new_tokens=128 --prompt='$(DEMO_PROMPT)'
 
 test: $(TEST_VENV)/.test ## the quick tests
-	$(TEST_VENV)/bin/python -m pytest -n $(WORKERS) -q $(PYTEST_ARGS)
+	$(TEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -q \
+	  $(PYTEST_ARGS)
 
 nightly: $(TEST_VENV)/.test ## the tests that take minutes
 	$(TEST_VENV)/bin/python -m pytest -q -m "slow or nightly" \

@@ -79,14 +79,16 @@ def empty(model: Transformer, drafter: Drafter, rows: int, *,
           kind: str = "contiguous", capacity: int = 64,
           dtype: Any = jnp.float32) -> DecodeState:
   """A batch of free rows."""
-  @jax.jit                           # else equal zeros would share a buffer
-  def make(model, drafter):
-    return loop.init(
-        model, drafter,
-        model.init_cache(cache_kind(kind), rows, capacity, dtype),
-        capacity=capacity,
-        stops=_ROOM, biases=_ROOM)
-  return make(model, drafter)
+  return _empty(model, drafter, rows, kind, capacity, dtype)
+
+
+# Jitted, else equal zeros would share a buffer; and here, so that tests of
+# the same sizes share the program.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _empty(model, drafter, rows, kind, capacity, dtype):
+  return loop.init(
+      model, drafter, model.init_cache(cache_kind(kind), rows, capacity, dtype),
+      capacity=capacity, stops=_ROOM, biases=_ROOM)
 
 
 def begin(model: Transformer, drafter: Drafter,

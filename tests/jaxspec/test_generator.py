@@ -233,7 +233,8 @@ EXPERTS = dict(depth=1, experts=4, experts_per_token=2)
 
 
 @pytest.mark.parametrize("mesh, cache, sizes", [
-    ({"data": 2}, "window", SIZES),
+    # (`caches/test_contract.py` has this cache on a mesh.)
+    pytest.param({"data": 2}, "window", SIZES, marks=pytest.mark.slow),
     ({"tensor": 2}, "contiguous", SIZES),
     ({"data": 2, "tensor": 2}, "paged:page=4", SIZES),
     ({"expert": 2}, "contiguous", EXPERTS)])

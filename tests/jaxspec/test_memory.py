@@ -119,7 +119,8 @@ def check(compiled, state_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("drafter, kind", [
-    ("autoregressive", "contiguous"),
+    # (And in half precision, below.)
+    pytest.param("autoregressive", "contiguous", marks=pytest.mark.slow),
     ("prompt_lookup", "contiguous"), ("prompt_lookup", "paged"),
     pytest.param("prompt_lookup", "window", marks=pytest.mark.slow),
     pytest.param("adaptive:drafter=[union:nodes=8],sizes=[1;4;8]",

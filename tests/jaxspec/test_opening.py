@@ -62,7 +62,9 @@ def begin(model, drafter, texts, options, *, kind="contiguous", chunk=512,
 
 
 @pytest.mark.parametrize("kind, chunk", [
-    ("contiguous", 512), ("contiguous", 16), ("paged", 16), ("window", 16)])
+    # (In one chunk rows are begun below, too.)
+    pytest.param("contiguous", 512, marks=pytest.mark.slow),
+    ("contiguous", 16), ("paged", 16), ("window", 16)])
 def test_text_and_cache_are_the_same(small, drafter, kind, chunk):
   for options in (GREEDY, dataclasses.replace(SAMPLED, logprobs=True)):
     check_text(small, drafter, options, kind, chunk)
@@ -164,26 +166,6 @@ def test_a_row_that_begins_disturbs_no_other(small, drafter):
   assert batches.answers(state) == [wanted[0], wanted[3], wanted[2]]
 
 
-def test_no_layer_takes_a_token_twice(small, drafter, monkeypatch):
-  taken, extend = [], Transformer.extend
-
-  def counted(self, x, cache, fresh, at, *, layers):
-    if type(self) is Transformer:      # and no head
-      taken.append((layers, x.shape[1]))
-    return extend(self, x, cache, fresh, at, layers=layers)
-
-  jax.clear_caches()                # else it is known already, and not called
-  monkeypatch.setattr(Transformer, "extend", counted)
-  begin(small, drafter, [[3] * 16], dataclasses.replace(
-      GREEDY, max_new_tokens=5))
-  drafts = drafter.size - 1
-  low = sum(count for layers, count in taken if layers == range(1))
-  high = sum(count for layers, count in taken if layers == range(1, 2))
-  assert low == high == 16 + drafts
-  assert {layers for layers, count in taken if len(layers)} == {
-      range(1), range(1, 2)}
-
-
 def test_answers_end_where_they_should():
   model = cycles.model()
   drafter = EarlyExit(cycles.exit_head(), CHAIN)
@@ -248,3 +230,26 @@ def test_what_cannot_open_is_refused(small):
     generator(small, "prompt_lookup", prefill="layer_major")
   with pytest.raises(InputError, match="Did you mean 'layer_major'"):
     generator(small, "prompt_lookup", prefill="layers_major")
+
+
+# At the end: it forgets what is compiled.
+
+
+def test_no_layer_takes_a_token_twice(small, drafter, monkeypatch):
+  taken, extend = [], Transformer.extend
+
+  def counted(self, x, cache, fresh, at, *, layers):
+    if type(self) is Transformer:      # and no head
+      taken.append((layers, x.shape[1]))
+    return extend(self, x, cache, fresh, at, layers=layers)
+
+  jax.clear_caches()                # else it is known already, and not called
+  monkeypatch.setattr(Transformer, "extend", counted)
+  jax.eval_shape(lambda: begin(small, drafter, [[3] * 16], dataclasses.replace(
+      GREEDY, max_new_tokens=5)))
+  drafts = drafter.size - 1
+  low = sum(count for layers, count in taken if layers == range(1))
+  high = sum(count for layers, count in taken if layers == range(1, 2))
+  assert low == high == 16 + drafts
+  assert {layers for layers, count in taken if len(layers)} == {
+      range(1), range(1, 2)}

@@ -104,11 +104,12 @@ def test_against_numpy(seeds):
   for seed in seeds:
     logits, options, history = random_case(seed)
     found = np.asarray(warp(logits, arrays(options), history))
+    tokens, splits, lengths, nodes = map(np.asarray, (
+        history.tokens, history.prompt_length, history.length, history.nodes))
     for row, option in enumerate(options):
-      text = history.tokens[row, :history.length[row]].tolist()
-      split = int(history.prompt_length[row])
+      text, split = tokens[row, :lengths[row]].tolist(), splits[row]
       for node in range(TREE.size):
-        path = [int(history.nodes[row, n])
+        path = [int(nodes[row, n])
                 for n in range(1, TREE.size) if TREE.mask[node, n]]
         wanted = warping.warp(logits[row, node], option, text[:split],
                               text[split:] + path)

@@ -25,6 +25,8 @@ from jaxspec.models.transformer import Transformer, random_source
 from tests.conftest import tiny_config
 from tests.jaxspec import cycles
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 STEPS = 24
 RECIPE = Recipe(steps=STEPS, tokens=32, widths=(16,), rate=3e-3, positions=20)
 

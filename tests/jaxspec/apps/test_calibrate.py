@@ -16,6 +16,8 @@ from jaxspec.generator import Generator
 from jaxspec.heads import ExitHead, MedusaHeads
 from jaxspec.options import Options
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def run(model, *argv):
   return front_door.main([

@@ -14,6 +14,8 @@ from jaxspec.answers import TextEvent
 from jaxspec.apps import decode
 from jaxspec.metrics import Stats
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 NO_CACHE = "--compilation_cache_dir="
 
 

@@ -21,6 +21,8 @@ from jaxspec.errors import InputError
 from jaxspec.generator import Generator
 from tests.jaxspec import cycles
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 HEADS = ("--heads=exit:layer=2,mlp=16,attention=True,tokens=60",
          "--heads=medusa:heads=2", "--heads=hydra:heads=2,rank=8,tokens=60",
          "--heads=eagle:mlp=16,tokens=60")
@@ -57,22 +59,30 @@ def loaded(folder, model):
           for name in ("exit_2", "medusa", "hydra", "eagle")]
 
 
-def test_what_it_writes_drafts(whole, tiny_model):
+def test_what_it_writes_can_be_loaded(whole, tiny_model):
   plain = Generator.load(str(tiny_model), dtype="float32", capacity=64)
-  head, medusa, hydra, _ = loaded(whole, plain.model)
+  head, medusa, hydra, eagle = loaded(whole, plain.model)
   assert head.layer == 2 and len(head.tokens[...]) == 60 and medusa.count == 2
   assert hydra.count == 2 and len(hydra.tokens) == 60
+  assert len(eagle.tokens[...]) == 60
+
+
+@pytest.mark.parametrize("drafter", [
+    "early_exit:heads=[{}/exit_2],length=2",
+    "medusa:heads=[{}/medusa],nodes=8",
+    # (`drafters/test_contract.py` drafts with folders of every kind.)
+    pytest.param("hydra:heads=[{}/hydra],nodes=8", marks=pytest.mark.slow),
+    pytest.param("eagle:heads=[{}/eagle],tree=chain,depth=2",
+                 marks=pytest.mark.slow)])
+def test_what_it_writes_drafts(whole, tiny_model, drafter):
+  plain, drafting = (
+      Generator.load(str(tiny_model), dtype="float32", capacity=64, **more)
+      for more in ({}, {"drafter": drafter.format(whole)}))
   options = plain.default_options(max_new_tokens=16)
-  wanted = plain.generate(["what is 3?"], options)[0].token_ids
-  for drafter in (f"early_exit:heads=[{whole / 'exit_2'}],length=2",
-                  f"medusa:heads=[{whole / 'medusa'}],nodes=8",
-                  f"hydra:heads=[{whole / 'hydra'}],nodes=8",
-                  f"eagle:heads=[{whole / 'eagle'}],tree=chain,depth=2"):
-    generator = Generator.load(str(tiny_model), dtype="float32", capacity=64,
-                               drafter=drafter)
-    (found,) = generator.generate(["what is 3?"], options)
-    assert found.token_ids == wanted
-    assert found.stats.drafted > 0
+  (wanted,) = plain.generate(["what is 3?"], options)
+  (found,) = drafting.generate(["what is 3?"], options)
+  assert found.token_ids == wanted.token_ids
+  assert found.stats.drafted > 0
 
 
 def test_it_tells_what_came_of_it(whole):

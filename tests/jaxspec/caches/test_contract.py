@@ -23,9 +23,11 @@ from jaxspec import tree as trees
 from jaxspec.caches import Cache, Fresh, Place
 from jaxspec.caches.contiguous import ContiguousCache
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 WINDOWS = (None, 5, 8)
 ROWS, CAPACITY, KV_HEADS, HEADS, SIZE = 4, 24, 2, 4, 8
-TREES = (trees.chain(3), trees.branching((2, 2)))
+TREES = (trees.chain(6), trees.branching((2, 2)))     # as many nodes in both
 
 
 def discover():
@@ -100,10 +102,13 @@ class Record:
     return ContiguousCache(layers(0), layers(1), self.lengths(rows))
 
 
-@functools.partial(jax.jit, static_argnames="tree")
 def attend(cache, query, fresh, tree):
-  at = Place.of(cache.length[:, None] + tree.depths[None],
-                jnp.asarray(tree.mask))
+  return _attend(cache, query, fresh, tree.depths, tree.mask)
+
+
+@jax.jit
+def _attend(cache, query, fresh, depths, mask):
+  at = Place.of(cache.length[:, None] + depths[None], mask)
   return [cache.attend(i, query, fresh, at, scale=0.3, window=window)
           for i, window in enumerate(WINDOWS)]
 
@@ -126,8 +131,12 @@ def check(cache, record, rng, dtype):
         atol=1e-5 if dtype == jnp.float32 else 2e-2)
 
 
-@every_cache
-@dtypes
+@pytest.mark.parametrize("dtype, kind", [
+    pytest.param(dtype, *kind.values, id=f"{dtype.__name__}-{kind.id}",
+                 # (Below every cache holds both.)
+                 marks=() if dtype == jnp.float32 or kind.id == "PagedCache"
+                 else pytest.mark.slow)
+    for dtype in (jnp.float32, jnp.bfloat16) for kind in discover()])
 def test_attends_as_a_fresh_contiguous_cache(kind, dtype):
   rng = np.random.default_rng(0)
   cache, record = make(kind, dtype=dtype), Record()
@@ -177,7 +186,7 @@ def test_attends_as_a_fresh_contiguous_cache(kind, dtype):
 def test_nothing_stale_can_be_read(kind, dtype):
   """NaN everywhere but in what is committed."""
   rng = np.random.default_rng(0)
-  record, tree = Record(), trees.chain(5)
+  record, tree = Record(), TREES[0]
   rows = jnp.arange(ROWS)
   full = jnp.full(ROWS, CAPACITY, jnp.int32)
   # An earlier generation of requests leaves NaN in every slot it had.
@@ -193,22 +202,24 @@ def test_nothing_stale_can_be_read(kind, dtype):
   fresh = random_fresh(rng, CAPACITY, dtype)
   for row, length in ((1, 3), (2, 7)):
     record.extend(row, fresh.k, fresh.v, np.arange(length))
-  prefix = record.contiguous(dtype, (1, 2), 16)
-  beyond = (jnp.arange(16)[None] >= prefix.length[:, None])[:, None, :, None]
+  prefix = record.contiguous(dtype, (1, 2), CAPACITY + 8)
+  beyond = (jnp.arange(CAPACITY + 8)[None]
+            >= prefix.length[:, None])[:, None, :, None]
   prefix = prefix.replace(
       k=tuple(jnp.where(beyond, jnp.nan, x) for x in prefix.k),
       v=tuple(jnp.where(beyond, jnp.nan, x) for x in prefix.v))
   cache = insert(cache, jnp.array([1, 2]), prefix, full[:2])
   check(cache, record, rng, dtype)
-  for kept in ((2, 0, 3, 1), (0, 0, 0, 0), (6, 5, 2, 6)):
+  nodes = jnp.arange(tree.size)[None]
+  for kept in ((2, 0, 3, 1), (0, 0, 0, 0), (7, 5, 2, 7)):
     fresh = random_fresh(rng, tree.size, dtype)
     # Rejected nodes may hold anything, too.
     spoilt = [tuple(x.at[jnp.arange(ROWS)[:, None],
-                         jnp.where(jnp.arange(6)[None] >= jnp.array(kept)[
-                             :, None], jnp.arange(6)[None], 6)].set(
+                         jnp.where(nodes >= jnp.array(kept)[:, None], nodes,
+                                   tree.size)].set(
                                  jnp.nan, mode="drop") for x in side)
               for side in (fresh.k, fresh.v)]
-    path = jnp.broadcast_to(jnp.arange(6)[None], (ROWS, 6))
+    path = jnp.broadcast_to(nodes, (ROWS, tree.size))
     cache = commit(cache, Fresh(*spoilt), path, jnp.array(kept, jnp.int32))
     for row in range(ROWS):
       record.extend(row, fresh.k, fresh.v, np.arange(kept[row]))

@@ -16,6 +16,8 @@ from jaxspec.caches.fresh import Fresh
 from jaxspec.caches.paged import PagedCache
 from jaxspec.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ROWS, PAGE, CAPACITY, PAGES, COUNT = 4, 3, 12, 11, 5
 
 

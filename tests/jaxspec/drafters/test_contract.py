@@ -12,6 +12,7 @@ end token, one whose nodes are mostly dead.
 """
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,11 +50,17 @@ LONG = {
     "greedy": dataclasses.replace(GREEDY, max_new_tokens=TOKENS),
     "sampled": dataclasses.replace(SAMPLED, max_new_tokens=TOKENS)}
 PROMPTS = batches.prompts(4)
+EVERY = pytest.mark.parametrize("name", drafters.names())
 # Judged by the ratio test in every run; the others in slow ones.
 DRAWN = ("prompt_lookup",)
-# Decoded with a window cache in every run; the others in slow ones.
-WINDOWED = ("autoregressive", "prompt_lookup", "early_exit", "draft_model")
-EVERY = pytest.mark.parametrize("name", drafters.names())
+# Decoded in every run with one row alone; and with other caches. Those keep
+# keys of their own, or their passes differ in kind: a chain, a tree, one of
+# varying width. The others draft such passes too, and in slow runs.
+ALONE = ("prompt_lookup", "early_exit", "medusa")
+CACHED = {
+    "paged": ("autoregressive", "prompt_lookup", "early_exit", "draft_model",
+              "eagle", "medusa", "adaptive"),
+    "window": ("autoregressive", "prompt_lookup", "early_exit", "draft_model")}
 
 
 def options(law: str, rows: int = 4):
@@ -91,7 +98,8 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def make(small, plain, tmp_path_factory):
-  """Makes the drafter of a name."""
+  """Makes the drafter of a name, once: tests share what is compiled for it."""
+  @functools.cache
   def made(name):
     path = tmp_path_factory.mktemp(name) / "file"
     if name in FILES:
@@ -108,10 +116,8 @@ def test_plain_decoding_samples(plain):
 
 
 @pytest.mark.parametrize("name, kind", [
-    # (A cascade is draft models in draft models.)
-    pytest.param(name, kind, marks=pytest.mark.slow
-                 if kind != "contiguous" and name == "cascade"
-                 or kind == "window" and name not in WINDOWED else ())
+    pytest.param(name, kind, marks=() if name in CACHED.get(kind, [name])
+                 else pytest.mark.slow)
     for name in drafters.names() for kind in batches.cache_kinds()])
 def test_text_is_that_of_plain_decoding(small, plain, make, name, kind):
   drafter = make(name)
@@ -126,21 +132,35 @@ def test_text_is_that_of_plain_decoding(small, plain, make, name, kind):
 
 @EVERY
 def test_rows_are_independent(small, plain, make, name):
-  """Of their place, of their neighbours, of how many there are."""
+  """Of their place, and of their neighbours."""
   drafter, order = make(name), [2, 0, 3, 1]
   state = batches.run(small, drafter, [PROMPTS[i] for i in order],
                       [options("sampled")[i] for i in order], capacity=80)
   assert batches.answers(state) == [plain["sampled"][i] for i in order]
   together = np.asarray(state.counters.accepted)
   for row in (0, 3):
-    alone = batches.run(small, drafter, [PROMPTS[row]],
-                        [options("sampled")[row]], capacity=80)
-    assert batches.answers(alone) == [plain["sampled"][row]]
+    # All others stay free: the last index is no row.
+    alone = batches.refill(
+        small, drafter, batches.empty(small, drafter, 4, capacity=80),
+        [row, 4, 4, 4], [PROMPTS[row], *PROMPTS[1:]],
+        [options("sampled")[row]] * 4)
+    alone = batches.finish(small, drafter, alone)
+    assert batches.answers(alone)[row] == plain["sampled"][row]
     # The drafts too are the same, not only what became of them.
     if drafter.coupled:
       continue
-    np.testing.assert_array_equal(alone.counters.accepted[0],
+    np.testing.assert_array_equal(alone.counters.accepted[row],
                                   together[order.index(row)])
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in ALONE else pytest.mark.slow)
+    for name in drafters.names()])
+def test_a_row_may_be_the_only_one(small, plain, make, name):
+  for row in (0, 3):
+    state = batches.run(small, make(name), [PROMPTS[row]],
+                        [options("sampled")[row]], capacity=80)
+    assert batches.answers(state) == [plain["sampled"][row]]
 
 
 @pytest.mark.parametrize("name", [
@@ -203,7 +223,8 @@ def test_oracle_in_a_late_branch(small, plain, tree, path, law):
 
 @pytest.mark.parametrize("law", LONG)
 def test_always_wrong(small, plain, law):
-  drafter = Scripted(script(plain[law]), LATE, LATE_PATH, shift=1)
+  lies = (script(plain[law]) + 1) % small.vocab
+  drafter = Scripted(lies, LATE, LATE_PATH)
   state = batches.run(small, drafter, PROMPTS, options(law), capacity=80)
   assert batches.answers(state) == plain[law]
   assert batches.accepted(state) == 0

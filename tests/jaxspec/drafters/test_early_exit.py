@@ -41,8 +41,17 @@ BUSHY = ((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0))
 PROMPTS = [[5, 9, 2], [7], [1, 1, 4, 30, 8]]
 
 
-@pytest.mark.parametrize("choices", [CHAIN, BUSHY])
-@pytest.mark.parametrize("attention", [False, True])
+@pytest.fixture(scope="module")
+def stopping(tiny):
+  """Drafts a tree as far as its head is sure; tests share its programs."""
+  head = ExitHead.init(tiny, layer=3, attention=True)
+  return EarlyExit(head, BUSHY, stop=0.1, show=0.2)
+
+
+@pytest.mark.parametrize("choices, attention", [
+    (CHAIN, False), (BUSHY, True),
+    pytest.param(CHAIN, True, marks=pytest.mark.slow),
+    pytest.param(BUSHY, False, marks=pytest.mark.slow)])
 def test_a_head_that_knows_is_always_right(choices, attention):
   drafter = EarlyExit(cycles.exit_head(attention=attention), choices)
   state = batches.run(cycles.model(), drafter, PROMPTS, GREEDY)
@@ -60,8 +69,7 @@ def test_a_head_that_looks_elsewhere_is_always_wrong(shift):
   assert batches.accepted(state) == 0
 
 
-@pytest.mark.parametrize("choices", [
-    pytest.param(CHAIN, marks=pytest.mark.slow), BUSHY])
+@pytest.mark.parametrize("choices", [CHAIN, BUSHY])
 def test_no_layer_takes_a_node_twice(tiny, choices, monkeypatch):
   """Counted where layers are called: node by node and layer by layer."""
   drafter = EarlyExit(ExitHead.init(tiny, layer=2, attention=True), choices)
@@ -75,7 +83,7 @@ def test_no_layer_takes_a_node_twice(tiny, choices, monkeypatch):
     return extend(self, x, cache, fresh, at, layers=layers)
 
   monkeypatch.setattr(Transformer, "extend", counted)
-  stages.step(tiny, drafter, exact, state)
+  jax.eval_shape(lambda: stages.step(tiny, drafter, exact, state))
   assert sorted(taken) == [(layer, node) for layer in range(tiny.depth)
                            for node in range(drafter.size)]
 
@@ -132,10 +140,11 @@ def test_no_more_is_drafted_than_pays(tiny):
     found = state.counters.passes.tolist()
     assert max(found) <= passes + 2 and min(found) >= passes - 2, found
   state = batches.begin(model, drafter, PROMPTS, GREEDY)
+  propose = jax.jit(Adaptive.propose)
   for forced, taken in ((0, 1), (1, 2), (2, 4)):
-    proposal, _ = jax.jit(
-        drafter.replace(forced=jnp.asarray(forced, jnp.int32)).propose)(
-            model, state.seq, state.request, state.draft)
+    proposal, _ = propose(
+        drafter.replace(forced=jnp.asarray(forced, jnp.int32)),
+        model, state.seq, state.request, state.draft)
     assert proposal.live.tolist() == [taken] * 3
     ran = np.asarray(proposal.head_start.x).any(axis=-1)
     assert ran.tolist() == [[n < taken for n in range(4)]] * 3
@@ -180,24 +189,21 @@ def test_the_first_token_has_a_threshold_of_its_own():
   model, head = cycles.model(), cycles.exit_head()
   drafter = EarlyExit(head, CHAIN, show=2.0, show_first=0.0)
   state = batches.begin(model, drafter, PROMPTS, GREEDY)
-  walk = drafter.look(model, state.seq, state.request, state.draft)
+  walk = jax.jit(drafter.look)(model, state.seq, state.request, state.draft)
   assert drafter.shown(state.seq, walk).tolist() == [0] * 3
   fresh = state.seq.replace(prompt_length=state.seq.length)
   assert drafter.shown(fresh, walk).tolist() == [1] * 3
 
 
-def test_drafts_made_in_parts_are_the_same(tiny):
+def test_drafts_made_in_parts_are_the_same(tiny, stopping):
   """Replayed, a stream is `decode`; each emission is more than the last."""
-  head = ExitHead.init(tiny, layer=3, attention=True)
   prompts, wrong, right = batches.prompts(3), 0, 0
-  for drafter, options in ((EarlyExit(head, BUSHY), GREEDY),
-                           (EarlyExit(head, CHAIN, stop=0.1, show=0.2),
-                            SAMPLED)):
-    whole = batches.run(tiny, drafter, prompts, options)
-    state = batches.begin(tiny, drafter, prompts, options)
+  for options in (GREEDY, SAMPLED):
+    whole = batches.run(tiny, stopping, prompts, options)
+    state = batches.begin(tiny, stopping, prompts, options)
     texts, told = batches.texts_of(state), batches.texts_of(whole)
     before = [0] * 3
-    for emission, after in loop.stream(tiny, drafter, exact, state):
+    for emission, after in loop.stream(tiny, stopping, exact, state):
       state = after
       start, count = emission.start.tolist(), emission.count.tolist()
       tokens = np.asarray(emission.tokens)
@@ -219,16 +225,15 @@ def test_drafts_made_in_parts_are_the_same(tiny):
   assert right > 3 and wrong > 3
 
 
-def test_a_stream_compiles_once(tiny):
-  drafter = EarlyExit(ExitHead.init(tiny, layer=3), CHAIN, show=0.5)
-  some, other = (batches.begin(tiny, drafter, batches.prompts(3), options)
+def test_a_stream_compiles_once(tiny, stopping):
+  some, other = (batches.begin(tiny, stopping, batches.prompts(3), options)
                  for options in (GREEDY, SAMPLED))
 
   def run(drafter, state):
     return sum(1 for _ in loop.stream(tiny, drafter, exact, state))
-  assert run(drafter.replace(show=0.0), some) > 10
+  assert run(stopping.replace(show=0.0), some) > 10
   with count_compiles() as compiles:
-    run(drafter, other)
+    run(stopping, other)
   assert compiles.count == 0
 
 
@@ -266,15 +271,24 @@ def _check_cache(model, head, state):
     tokens, lengths = batches.padded([text], 64)
     prefix = loop.prefill(model, (head.layer,), tokens, lengths, chunk=512,
                           dtype=jnp.dtype("float32"))
-    cache = head.init_cache(ContiguousCache, 1, 0, jnp.float32)
-    at = Place.of(jnp.arange(64)[None], jnp.tril(jnp.ones((64, 64), bool)))
-    _, fresh = head.extend(prefix.features[0], cache,
-                           head.init_fresh(cache, 64), at, layers=range(1))
+    fresh = _heard(head, prefix.features[0])
     for kept, new in zip((state.draft.cache.k, state.draft.cache.v),
                          (fresh.k, fresh.v)):
       np.testing.assert_allclose(
           kept[0][row, :, :len(text)],
           jnp.swapaxes(new[0][0], 0, 1)[:, :len(text)], atol=1e-4)
+
+
+@jax.jit
+def _heard(head, x):
+  """Keys and values of the head's attention, of one pass over a text."""
+  count = x.shape[1]
+  cache = head.init_cache(ContiguousCache, 1, 0, jnp.float32)
+  at = Place.of(jnp.arange(count)[None],
+                jnp.tril(jnp.ones((count, count), bool)))
+  _, fresh = head.extend(x, cache, head.init_fresh(cache, count), at,
+                         layers=range(1))
+  return fresh
 
 
 def test_long_prompts_are_read_in_parts(tiny, monkeypatch):

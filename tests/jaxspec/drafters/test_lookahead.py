@@ -21,6 +21,8 @@ from jaxspec.base import Proposal, Verdict
 from jaxspec.drafters.lookahead import Lookahead, State, window_and_guesses
 from jaxspec.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 DRAFTER = Lookahead(window=3, levels=2, guesses=2, buckets=3)
 COLUMNS, LEVELS, GUESSES, BUCKETS = 3, 2, 2, 3
 AHEAD = LEVELS * COLUMNS

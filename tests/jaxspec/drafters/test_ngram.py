@@ -21,6 +21,8 @@ from jaxspec import drafters
 from jaxspec.drafters import ngram
 from jaxspec.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 VOCAB, ROWS, CAPACITY = 5, 4, 12
 ORDERS, LENGTH = 3, 4
 TARGET = drafters.Target(model=SimpleNamespace(vocab=VOCAB))

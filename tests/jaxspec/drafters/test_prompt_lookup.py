@@ -20,6 +20,8 @@ from jaxspec import drafters
 from jaxspec.drafters.prompt_lookup import PromptLookup
 from jaxspec.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 CAPACITY = 20
 SIZES = [PromptLookup(length=4, max_ngram=3, min_ngram=1),
          PromptLookup(length=6, max_ngram=2, min_ngram=2),

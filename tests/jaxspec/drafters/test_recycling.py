@@ -25,6 +25,8 @@ from jaxspec.verifiers.exact import exact
 from tests.conftest import tiny_config
 from tests.jaxspec import batches
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 DRAFTER = Recycling(nodes=12, ranks=3, depth=3)
 VOCAB, ROWS = 6, 3
 TREE = from_paths([(0, 0, 0), (0, 1), (1, 0), (2,)])

@@ -13,6 +13,8 @@ from jaxspec.models import families, weights
 from jaxspec.models.layers import Rope
 from jaxspec.models.transformer import Config
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 # What the files of well-known models say, where it decides anything.
 LLAMA_31 = {
     "model_type": "llama",

@@ -5,6 +5,7 @@
 a time and with recursion where the package has one loop over all nodes.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -160,6 +161,24 @@ def case(tree: Any, kind: str, count: int = 300, vocab: int = 5,
           rows(temperature, range(count)))
 
 
+@jax.jit
+def _tosses(key, at):
+  """The coins behind each node, one for each child it may have."""
+  numbers = jnp.arange(at.shape[1])
+  return jax.vmap(jax.vmap(
+      lambda key, at: sampling.coins(
+          jnp.repeat(key[None], len(numbers)),
+          jnp.repeat(at[None], len(numbers)), numbers),
+      (None, 0)))(key, at)
+
+
+@functools.partial(jax.jit, static_argnames="vocab")
+def _noise(key, at, vocab):
+  """The noise with which the token behind each node is drawn."""
+  return jax.vmap(
+      lambda at: sampling.gumbel(sampling.apart(key), at, vocab), 1, 1)(at)
+
+
 def check(verifier: Any, proposal: Proposal, p: Law, q: Law | None,
           row: sampling.Sampling,
           wanted: Callable = lambda p, q, drafted: p) -> list[int]:
@@ -176,13 +195,8 @@ def check(verifier: Any, proposal: Proposal, p: Law, q: Law | None,
     logits = jnp.asarray(np.log(p), jnp.float32)
   at = positions(proposal)
   count, size, vocab = p.shape
-  numbers = jnp.arange(size)
-  toss = jax.jit(jax.vmap(jax.vmap(
-      lambda key, at: sampling.coins(
-          jnp.repeat(key[None], size), jnp.repeat(at[None], size), numbers),
-      (None, 0))))(row.key, at)
-  last = jax.jit(jax.vmap(lambda at: sampling.gumbel(
-      sampling.apart(row.key), at, vocab), 1, 1))(at)
+  toss = _tosses(row.key, at)
+  last = _noise(row.key, at, vocab)
   verdict = jax.jit(verifier)(proposal, laws(logits, row, at))
   toss, last, parents, alive, tokens, path, kept, next_token = (
       np.asarray(x) for x in (
