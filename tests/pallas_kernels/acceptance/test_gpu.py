@@ -6,7 +6,6 @@ import pytest
 from pallas_kernels import Target, accept_nodes, aim
 from tests.pallas_kernels.acceptance.test_xla import call, check
 
-
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 

@@ -9,7 +9,6 @@ import pytest
 from pallas_kernels import accept_nodes
 from pallas_kernels.noise import gumbel
 
-
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
