@@ -35,9 +35,17 @@ def accept_nodes(logits, *, temperature, noise, first, draft, drafted,
   check(logits, draft, target)
   rows, nodes, vocab = logits.shape
   count = rows * nodes
+  # A number of nodes that eight does not divide XLA keeps outside of rows,
+  # and would have to move all logits to bring it inside.
+  turned = nodes % 8 != 0 and rows % 8 == 0
+
+  def flat(x):
+    x = jnp.swapaxes(x, 0, 1) if turned else x
+    return x.reshape(count, *x.shape[2:])
+
   if not count:
     return _result(jnp.zeros((0, 8)), jnp.zeros((0, 1), jnp.int32),
-                   (rows, nodes), draft is not None)
+                   (rows, nodes), draft is not None, turned)
   block, tile = _blocks(target, count, vocab, draft is not None)
   tiles = pl.cdiv(vocab, tile)
   phases = 1 if draft is None else 2
@@ -53,17 +61,16 @@ def accept_nodes(logits, *, temperature, noise, first, draft, drafted,
   def other(i, phase, j, first):
     return i, jnp.where(phase == 0, 0, j)
 
-  temperature = jnp.repeat(temperature.astype(jnp.float32), nodes)
-  arguments = [
-      logits.reshape(count, vocab), temperature[:, None],
-      lax.bitcast_convert_type(noise, jnp.int32).reshape(count, 2)]
+  temperature = jnp.broadcast_to(
+      temperature.astype(jnp.float32)[:, None, None], (rows, nodes, 1))
+  arguments = [flat(logits), flat(temperature),
+               flat(lax.bitcast_convert_type(noise, jnp.int32))]
   specs = [pl.BlockSpec((block, tile), law), pl.BlockSpec((block, 1), node),
            pl.BlockSpec((block, 2), node)]
   scratch = [pltpu.VMEM((block, chunk), jnp.int32),
              pltpu.VMEM((phases * 2 + 2, block, chunk), jnp.float32)]
   if draft is not None:
-    arguments += [draft.reshape(count, vocab),
-                  drafted.reshape(count, 1).astype(jnp.int32)]
+    arguments += [flat(draft), flat(drafted.astype(jnp.int32)[..., None])]
     specs += [pl.BlockSpec((block, tile), other),
               pl.BlockSpec((block, 1), node)]
     scratch.append(pltpu.VMEM((tiles, block, tile), jnp.float32))
@@ -89,7 +96,7 @@ def accept_nodes(logits, *, temperature, noise, first, draft, drafted,
               0 if draft is None else draft.dtype.itemsize, target=target)),
       interpret=target.interpret, name="accept_nodes")(
           first.reshape(1).astype(jnp.int32), *arguments)
-  return _result(numbers, tokens, (rows, nodes), draft is not None)
+  return _result(numbers, tokens, (rows, nodes), draft is not None, turned)
 
 
 def check(logits, draft, target) -> None:
@@ -151,10 +158,14 @@ def _memory(block: int, tile: int, vocab: int, judged: bool) -> int:
   return max(held, 16 << 20)
 
 
-def _result(numbers, tokens, shape, judged):
+def _result(numbers, tokens, shape, judged, turned):
+  def spread(x):
+    return x.reshape(shape[::-1]).T if turned else x.reshape(shape)
+
   def column(n):
-    return numbers[:, n].reshape(shape)
-  parts = (tokens.reshape(shape), column(_SCORE), column(_LOGIT),
+    return spread(numbers[:, n])
+
+  parts = (spread(tokens), column(_SCORE), column(_LOGIT),
            column(_TOP) + jnp.log(column(_TOTAL)))
   return (*parts, column(_CHANCE), column(_EXCESS)) if judged else parts
 

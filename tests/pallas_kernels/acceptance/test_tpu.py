@@ -29,7 +29,7 @@ def run(given, interpret=True):
     dict(rows=1, nodes=1, vocab=100, ratio=False),
     dict(rows=2, nodes=4, vocab=640),
     dict(rows=3, nodes=3, vocab=2500),
-    dict(rows=6, nodes=3, vocab=301, ratio=False),
+    dict(rows=8, nodes=3, vocab=301),
     dict(rows=2, nodes=5, vocab=257, dtype="bfloat16")], ids=str)
 def test_is_its_meaning(sizes):
   given, keys = call(**sizes)
