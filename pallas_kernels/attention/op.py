@@ -13,6 +13,8 @@ from pallas_kernels.dispatch import dispatch
 from pallas_kernels.target import Implementation
 
 _IMPLEMENTATIONS = {"xla": xla.tree_attention}
+# Those that tell streams apart; the others say that they do not.
+_STREAMED = ("xla",)
 
 
 def tree_attention(
@@ -30,6 +32,8 @@ def tree_attention(
     table: Int[Array, "B M"] | None = None,
     window: int | None = None,
     logits_soft_cap: float | None = None,
+    slot_streams: Int[Array, "B S"] | None = None,
+    readable: UInt32[Array, "T"] | None = None,
     implementation: Implementation = None,
 ) -> Float[Array, "B T H K"]:
   """Grouped-query attention of T tokens to S committed slots and N fresh ones.
@@ -48,14 +52,27 @@ def tree_attention(
       slots without a position may be anything.
     window: how many positions a token sees, itself included; None for all.
     logits_soft_cap: scores become `cap * tanh(score / cap)` (Gemma 2).
+    slot_streams: the stream each slot is of, below 32, where a prefix holds
+      several side by side; None for one.
+    readable: with `slot_streams`, the streams each token may read, one bit
+      each. Of those it sees the slots whose position comes before its own.
 
   Returns:
     The attended values, in the dtype of `query`. Scores and softmax are in
     float32.
   """
+  implementations, streams = _IMPLEMENTATIONS, {}
+  if slot_streams is not None:
+    streams = dict(slot_streams=slot_streams, readable=readable)
+    implementations = {name: call if name in _STREAMED else _one_stream
+                       for name, call in _IMPLEMENTATIONS.items()}
   return dispatch(
-      "tree_attention", _IMPLEMENTATIONS, implementation,
+      "tree_attention", implementations, implementation,
       query, key, value, fresh_key, fresh_value,
       slot_positions=slot_positions, positions=positions,
       fresh_positions=fresh_positions, seen=seen, scale=scale, table=table,
-      window=window, logits_soft_cap=logits_soft_cap)
+      window=window, logits_soft_cap=logits_soft_cap, **streams)
+
+
+def _one_stream(*unused: object, **also_unused: object):
+  raise NotImplementedError("it takes a prefix of one stream")

@@ -18,7 +18,8 @@ BLOCK = 128
                    static_argnames=("scale", "window", "logits_soft_cap"))
 def tree_attention(query, key, value, fresh_key, fresh_value, *,
                    slot_positions, positions, fresh_positions, seen, scale,
-                   table, window, logits_soft_cap):
+                   table, window, logits_soft_cap, slot_streams=None,
+                   readable=None):
   """See `pallas_kernels.attention.op.tree_attention`.
 
   A CPU reads the prefix block by block and stops where no row holds more:
@@ -44,14 +45,18 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
             out * shrink + _einsum(equations[1], s.astype(values.dtype),
                                    values))
 
-  def prefix(state, key, value, held):
+  def prefix(state, key, value, held, streams):
     visible = (held >= 0)[:, None]                             # [B 1 S]
     if oldest is not None:
       visible = visible & (held[:, None] > oldest)
+    if streams is not None:
+      of = streams.astype(jnp.uint32)[:, None]
+      visible = (visible & (held[:, None] < positions[..., None])
+                 & ((readable[None, :, None] >> of) & 1 == 1))
     return add(state, ("bgrtk,bgsk->bgrts", "bgrts,bgsk->bgrtk"), key, value,
                visible)
 
-  def paged(state, key, value, held, table):
+  def paged(state, key, value, held, table, streams):
     def gather(pool):
       x = pool.at[table].get(mode="promise_in_bounds")         # [B M G page K]
       x = jnp.moveaxis(x, 2, 1)
@@ -59,9 +64,9 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
     # A zero probability does not hide a NaN that an earlier owner of a page
     # left behind.
     value = jnp.where((held >= 0)[:, None, :, None], gather(value), 0)
-    return prefix(state, gather(key), value, held)
+    return prefix(state, gather(key), value, held, streams)
 
-  def by_block(state, key, value, held, table):
+  def by_block(state, key, value, held, table, streams):
     size = BLOCK if table is None else key.shape[2] * pages
     used = jnp.max(jnp.where(held >= 0, jnp.arange(slots)[None] + 1, 0))
 
@@ -71,20 +76,23 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
       at = lax.dynamic_slice_in_dim(held, start, size, axis=1)
       again = start + jnp.arange(size)[None] < i * size
       at = jnp.where(again, -1, at)
+      of = streams
+      if of is not None:
+        of = lax.dynamic_slice_in_dim(of, start, size, axis=1)
       if table is not None:
         some = lax.dynamic_slice_in_dim(table, start // key.shape[2], pages,
                                         axis=1)
-        return paged(state, key, value, at, some)
+        return paged(state, key, value, at, some, of)
       k, v = (lax.dynamic_slice_in_dim(x, start, size, axis=2)
               for x in (key, value))
-      return prefix(state, k, v, at)
+      return prefix(state, k, v, at, of)
 
     return lax.fori_loop(0, (used + size - 1) // size, body, state)
 
-  def whole(state, key, value, held, table):
+  def whole(state, key, value, held, table, streams):
     if table is not None:
-      return paged(state, key, value, held, table)
-    return prefix(state, key, value, held)
+      return paged(state, key, value, held, table, streams)
+    return prefix(state, key, value, held, streams)
 
   fresh = unpack(seen, fresh_key.shape[1])
   fresh = jnp.broadcast_to(fresh, (rows, *fresh.shape[-2:]))   # [B T N]
@@ -98,12 +106,12 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
               fresh_value, fresh)
   pages = 1 if table is None else min(max(1, BLOCK // key.shape[2]),
                                       table.shape[1])
-  prefix_of = (key, value, slot_positions, table)
+  prefix_of = (key, value, slot_positions, table, slot_streams)
   if slots > BLOCK or table is not None:
     state = lax.platform_dependent(state, *prefix_of, cpu=by_block,
                                    default=whole)
   elif slots:
-    state = prefix(state, key, value, slot_positions)
+    state = prefix(state, key, value, slot_positions, slot_streams)
   _, total, out = state
   return jnp.moveaxis(out / total, 3, 1).reshape(query.shape).astype(
       query.dtype)

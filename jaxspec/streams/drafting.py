@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guesses of whole rows, which one pass can verify as a chain."""
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from jaxspec import naming
+from jaxspec.drafters.prompt_lookup import PromptLookup
+from jaxspec.streams.layout import StreamLayout
+from jaxspec.streams.state import StreamState
+
+
+@runtime_checkable
+class RowDrafter(Protocol):
+  """Guesses the next rows of every session. Hashable: it has no weights.
+
+  Attributes:
+    length: rows it guesses (K).
+  """
+
+  length: int
+
+  def propose(self, layout: StreamLayout, batch: StreamState
+              ) -> tuple[Int[Array, "B K C"], Bool[Array, "B"]]:
+    """What the model may say in each stream, row by row.
+
+    What is read, and which streams are silent or closed, is not its concern:
+    that follows from what it guesses, or is known.
+
+    Returns:
+      Guesses, and whether they are worth a wider pass.
+    """
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LookupRows:
+  """In each stream, what followed the same words the last time.
+
+  A row stands only if every stream's guess does, so that one of which nothing
+  is known spoils it for all.
+
+  Attributes:
+    length: rows that are guessed.
+    max_ngram: the longest ending of a stream that is looked for.
+    min_ngram: the shortest that is believed.
+    all: whether every stream must know what follows; else one is enough, and
+      the others repeat their last token, which is right where they are silent.
+  """
+
+  length: int = 3
+  max_ngram: int = 3
+  min_ngram: int = 1
+  all: bool = True
+
+  def __post_init__(self):
+    for name, low, high in (("length", 1, 32), ("min_ngram", 1, 64),
+                            ("max_ngram", self.min_ngram, 64)):
+      naming.whole("lookup", name, getattr(self, name), low, high)
+
+  def propose(self, layout, batch):
+    lines = batch.lines
+    sessions, streams = lines.counts.shape
+    look = PromptLookup(self.length, self.max_ngram, self.min_ngram)
+    tokens, run = jax.vmap(look.look_up)(
+        lines.texts.reshape(sessions * streams, -1),
+        jnp.maximum(lines.counts, 1).reshape(-1))
+    tokens = tokens.reshape(sessions, streams, self.length)
+    run = run.reshape(sessions, streams)
+    last, _ = lines.pending
+    known = run >= self.min_ngram
+    tokens = jnp.where(known[..., None], tokens, last[..., None])
+    written = jnp.zeros(streams, bool).at[jnp.array(layout.written)].set(True)
+    writes = lines.open & written[None] & ~lines.queue.waits
+    worth = jnp.any(writes & known, axis=1)
+    if self.all:
+      worth &= jnp.all(known | ~writes, axis=1)
+    return jnp.moveaxis(tokens, 1, 2), worth
