@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxspec import naming
 from jaxspec.drafters.prompt_lookup import PromptLookup
+from jaxspec.errors import InputError
 from jaxspec.streams.layout import StreamLayout
 from jaxspec.streams.state import StreamState
 
@@ -37,6 +38,19 @@ class RowDrafter(Protocol):
     ...
 
 
+def parse(text: str) -> RowDrafter | None:
+  """Reads `lookup:length=3,all=False`; nothing is no drafter.
+
+  Raises:
+    InputError: there is no such drafter or option.
+  """
+  if not text:
+    return None
+  name, options = naming.choose("row drafter", text, ["lookup"])
+  known = [f.name for f in dataclasses.fields(LookupRows)]
+  return LookupRows(**naming.options(f"row drafter {name}", options, known))
+
+
 @dataclasses.dataclass(frozen=True)
 class LookupRows:
   """In each stream, what followed the same words the last time.
@@ -61,6 +75,8 @@ class LookupRows:
     for name, low, high in (("length", 1, 32), ("min_ngram", 1, 64),
                             ("max_ngram", self.min_ngram, 64)):
       naming.whole("lookup", name, getattr(self, name), low, high)
+    if not isinstance(self.all, bool):
+      raise InputError(f"lookup: all must be True or False, got {self.all!r}")
 
   def propose(self, layout, batch):
     lines = batch.lines

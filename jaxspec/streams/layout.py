@@ -15,7 +15,11 @@ the silence token, which is a token like any other.
 
 import dataclasses
 import functools
+import json
+import pathlib
+import typing
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt32
@@ -240,6 +244,72 @@ def thoughts(silence: int = 481, *, keep_silence: bool = True
        Stream("output", silence_penalty=10.0, stop="never"),
        *(Stream(name, stop="never") for name in aloud)),
       silence=silence, keep_silence=keep_silence, quiet=10, by_word=True)
+
+
+def parse(text: str, tokenizer: Any = None) -> StreamLayout:
+  """Finds the layout that `text` names: a published one, `single`, or a file.
+
+  A file holds the fields of a `StreamLayout` as JSON. The silence of `thoughts`
+  is the tokenizer's own token for " -".
+
+  Raises:
+    InputError: there is no such layout, or no such token.
+  """
+  if text.endswith(".json"):
+    return _read(pathlib.Path(text).expanduser())
+  known = dict(reading=reading, auditing=auditing, single=single)
+  if text in known:
+    return known[text]()
+  if text != "thoughts":
+    raise InputError(f"layout {text!r} is unknown; there are "
+                     f"{', '.join(known)}, thoughts, and files that end in "
+                     f".json.{nearest(text, [*known, 'thoughts'])}")
+  if tokenizer is None:
+    return thoughts()
+  ids = tokenizer.encode(" -", special=False)
+  if len(ids) != 1:
+    raise InputError("layout thoughts is silent by the token ' -', and this "
+                     f"tokenizer makes {len(ids)} of it; use a model that was "
+                     "trained for it")
+  return thoughts(ids[0])
+
+
+def _read(path: pathlib.Path) -> StreamLayout:
+  try:
+    fields = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as e:
+    raise InputError(f"layout {path} cannot be read ({e}); it must be JSON"
+                     ) from e
+  try:
+    streams = tuple(
+        Stream(**_fields(path, Stream, s)) for s in fields.pop("streams"))
+    return StreamLayout(streams, **_fields(path, StreamLayout, fields))
+  except (AttributeError, KeyError, TypeError) as e:
+    raise InputError(f"layout {path} must be an object with a list of streams, "
+                     f"each with a name ({e})") from e
+
+
+def _fields(path: pathlib.Path, kind: Any, given: Any) -> dict[str, Any]:
+  """The fields of a dataclass, as JSON gives them."""
+  known = {f.name: f for f in dataclasses.fields(kind)}
+  for name in given:
+    if name not in known:
+      raise InputError(f"layout {path}: {kind.__name__} has no field {name!r}."
+                       + nearest(name, known))
+  fields = {name: tuple(v) if isinstance(v, list) else v
+            for name, v in given.items()}
+  for name, value in fields.items():
+    wanted = typing.get_type_hints(kind)[name]
+    plain = typing.get_args(wanted) or (wanted,)
+    if typing.get_origin(wanted) is tuple:
+      plain = (tuple,)
+    kinds = tuple(typing.get_origin(k) or k for k in plain)
+    fits = isinstance(value, kinds) or (float in kinds
+                                        and isinstance(value, int))
+    if not fits or (isinstance(value, bool) and bool not in kinds):
+      raise InputError(f"layout {path}: {name} must be "
+                       f"{getattr(wanted, '__name__', wanted)}, got {value!r}")
+  return fields
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -62,11 +62,12 @@ def init(model: StreamModel, layout: StreamLayout, inner: Any, *, room: int,
       zeros(streams), zeros(), zeros(streams, dtype=bool),
       Queue(zeros(streams, queue), zeros(streams), zeros(streams)),
       zeros(dtype=bool), zeros(), zeros(), ~zeros(dtype=bool),
-      zeros(streams, room, dtype=jnp.float32))
+      jnp.full((batch, streams, room), jnp.nan))
   request = StreamRequest(
       sampling.defaults(batch * streams, biases),
       jnp.zeros(batch * streams, jnp.int32),
-      jnp.full((batch * streams, stops), -1, jnp.int32))
+      jnp.full((batch * streams, stops), -1, jnp.int32),
+      jnp.zeros(batch * streams, bool))
   return StreamState(lines, StreamCache.over(inner), request, zeros(),
                      ~zeros(dtype=bool), zeros(), zeros(), zeros())
 
@@ -79,7 +80,7 @@ def prefill(model: StreamModel, layout: StreamLayout,
   """Reads prefixes, then tables, some rows of cells in each pass.
 
   Args:
-    prefix: padded to 0 or to a multiple of `chunk`.
+    prefix: padded; above `chunk` tokens, P is a multiple of it.
     tokens: tables, padded below; above `chunk // C` rows, n is a multiple of
       that.
     chunk: about how many cells a pass takes.
@@ -97,11 +98,14 @@ def prefill(model: StreamModel, layout: StreamLayout,
     return rows.commit(cache, block, fresh, jnp.full(
         sessions, block.tokens.shape[1], jnp.int32))
 
-  def read_prefix(i, cache):
-    return read(cache, rows.prefix_block(
-        layout, part(prefix, i, chunk), part(everything, i, chunk), i * chunk))
   if prefix.shape[1]:
-    cache = lax.fori_loop(0, (jnp.max(base) + chunk - 1) // chunk,
+    width = min(chunk, prefix.shape[1])
+
+    def read_prefix(i, cache):
+      return read(cache, rows.prefix_block(
+          layout, part(prefix, i, width), part(everything, i, width),
+          i * width))
+    cache = lax.fori_loop(0, (jnp.max(base) + width - 1) // width,
                           read_prefix, cache)
 
   some = min(max(chunk // streams, 1), height)
@@ -155,7 +159,7 @@ def insert(layout: StreamLayout, batch: StreamState, at: Int[Array, "R"],
       Queue(jnp.zeros((sessions, *old.queue.tokens.shape[1:]), jnp.int32),
             empty, empty),
       zero > 0, zero, zero, zero > 0,
-      jnp.zeros(texts.shape, jnp.float32))
+      jnp.full(texts.shape, jnp.nan))
   request = request.replace(
       sampling=state.noise_keys(layout, request.sampling))
 

@@ -27,11 +27,13 @@ class StreamRequest:
     limit: most tokens of each stream that is written, what it was given
       included; behind it the stream is closed.
     stops: token ids that end a stream; -1 where there is none.
+    wants_logprobs: whether log-probabilities are recorded.
   """
 
   sampling: Sampling
   limit: Int[Array, "BC"]
   stops: Int[Array, "BC E"]
+  wants_logprobs: Bool[Array, "BC"]
 
 
 @struct.dataclass
@@ -68,7 +70,8 @@ class Lines:
     silent: rows since then in which nothing was read, for the penalties.
     hush: rows of nothing but silence, up to the last.
     ended: sessions that will not go on, whatever is read.
-    logprobs: of each token that was drawn, under the model itself.
+    logprobs: of each token that was drawn, under the model itself, before any
+      warp; NaN where no request wants it, and of what was not drawn.
   """
 
   texts: Int[Array, "B C R"]
@@ -171,7 +174,7 @@ def advance(layout: StreamLayout, lines: Lines, request: StreamRequest,
   at = jnp.where(live, lines.counts, lines.texts.shape[2])
   texts = lines.texts.at[session, stream, at].set(tokens, mode="drop")
   noted = lines.logprobs.at[session, stream, at].set(
-      jnp.where(writes, logprobs, 0), mode="drop")
+      jnp.where(writes, logprobs, jnp.nan), mode="drop")
   heard = jnp.any(reads & ~written[None], axis=1)
   return lines.replace(
       texts=texts, logprobs=noted, counts=counts, row=row, open=open_,
@@ -196,7 +199,8 @@ def draw(layout: StreamLayout, lines: Lines, request: StreamRequest,
     positions: of the cells of the last row.
 
   Returns:
-    Tokens, and their log-probabilities before any warp; 0 elsewhere.
+    Tokens, and their log-probabilities before any warp; 0 where nothing is
+    written.
   """
   sessions, streams = lines.counts.shape
   written = jnp.array(layout.written)
@@ -221,7 +225,10 @@ def draw(layout: StreamLayout, lines: Lines, request: StreamRequest,
                        flat(positions)[:, None] + 1)
   zero = jnp.zeros(len(raw), jnp.int32)
   tokens = laws.draw(zero)
-  logprobs = sampling.log_probability(raw, zero[:, None], tokens[:, None])
+  logprobs = jax.lax.cond(
+      jnp.any(request.wants_logprobs),
+      lambda: sampling.log_probability(raw, zero[:, None], tokens[:, None]),
+      lambda: jnp.full((len(raw), 1), jnp.nan))
 
   def spread(x):
     x = x.reshape(sessions, len(layout.written))

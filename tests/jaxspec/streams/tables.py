@@ -59,7 +59,8 @@ def requests(layout: StreamLayout, tables: Sequence[np.ndarray],
   each = [o for o in options for _ in range(layout.count)]
   lengths = [int(n) for live in tables for n in live.sum(axis=0)]
   made = as_request(each, lengths, (), vocab=64, stops=STOPS, biases=4)
-  return state.StreamRequest(made.sampling, made.limit, made.stops)
+  return state.StreamRequest(made.sampling, made.limit, made.stops,
+                             made.wants_logprobs)
 
 
 def empty(model: StreamModel, layout: StreamLayout, sessions: int, *,
@@ -119,12 +120,14 @@ def finish(model: StreamModel, layout: StreamLayout, batch: state.StreamState,
 
 def table(batch: state.StreamState, session: int = 0) -> np.ndarray:
   """The cells of a session's rows, -1 where there is none."""
-  lines = jax.device_get(batch.lines)
-  filled = lines.filled[session, :lines.row[session] + 1]
+  lines = batch.lines
+  filled, row, counts, texts = jax.device_get(
+      (lines.filled, lines.row, lines.counts, lines.texts))
+  filled = filled[session, :row[session] + 1]
   cells = np.full(filled.shape, -1)
   for stream in range(filled.shape[1]):
-    count = lines.counts[session, stream]
-    cells[filled[:, stream], stream] = lines.texts[session, stream, :count]
+    cells[filled[:, stream], stream] = texts[
+        session, stream, :counts[session, stream]]
   return cells
 
 
