@@ -113,6 +113,10 @@ def conversation(layout: StreamLayout, question: Sequence[int],
     first: what the answer goes on from, and the audit likewise; not learnt.
       It stands in the rows before the answer begins to wait.
     audit: remarks that begin one row behind the answer.
+
+  Raises:
+    InputError: by the counts of the layout the answer would not see what it
+      waited for.
   """
   rows = aligned(question, answer, wait=wait, begins=begins)
   lead = len(first)
@@ -121,6 +125,12 @@ def conversation(layout: StreamLayout, question: Sequence[int],
     start = max((row - at for at, row in enumerate(rows)), default=0)
     rows = [start + at for at in range(len(answer))]
   start = rows[0] if rows else 0
+  ahead = int(layout.leads[layout.place(assistant)])
+  if layout.positions == "counters" and start > ahead:
+    raise InputError(
+        f"an answer that begins {start} rows late sees of its question only "
+        f"what has a lower count, and its count is {ahead} ahead; use "
+        "positions of rows, or a larger lead")
   column = _spread(answer, rows, start, layout.silence)
   columns = {user: question, assistant: [*first, *column]}
   starts = {user: lead, assistant: start}

@@ -214,20 +214,24 @@ def single() -> StreamLayout:
   return StreamLayout((Stream("text"),))
 
 
-def reading(*, user: str = "user", assistant: str = "assistant"
-            ) -> StreamLayout:
-  """Solving while reading (sections 5 and 6 of the paper): two streams."""
+def reading(*, positions: str = "counters") -> StreamLayout:
+  """Solving while reading (sections 5 and 6 of the paper): two streams.
+
+  Args:
+    positions: "counters", as published; by "rows" an answer that begins late
+      sees all that was read before it.
+  """
   return StreamLayout(
-      (Stream(user, written=False, id=1), Stream(assistant, id=2)),
-      positions="counters", prefix_id=0)
+      (Stream("user", written=False, id=1), Stream("assistant", id=2)),
+      positions=positions, prefix_id=0)
 
 
-def auditing() -> StreamLayout:
+def auditing(*, positions: str = "counters") -> StreamLayout:
   """Auditing while solving: a third stream reads both, and is read by none."""
   return StreamLayout(
       (Stream("user", written=False, id=1, reads=("assistant",)),
        Stream("assistant", id=2, reads=("user",)), Stream("auditor", id=3)),
-      positions="counters", prefix_id=0)
+      positions=positions, prefix_id=0)
 
 
 def thoughts(silence: int = 481, *, keep_silence: bool = True

@@ -235,7 +235,7 @@ def decode(model: StreamModel, layout: StreamLayout,
     drafter: guesses rows, which one pass verifies together; None for one row
       a pass. Whatever it guesses, the rows are the same.
     passes: passes of the model at most.
-    rows_: rows a session may get at most; a chain may run over it.
+    rows_: rows a session may get at most.
   """
   target = batch.lines.row + rows_
 
@@ -249,30 +249,34 @@ def decode(model: StreamModel, layout: StreamLayout,
 
   def body(carry):
     done, batch = carry
-    return done + 1, step(model, layout, drafter, batch, which(batch))
+    return done + 1, step(model, layout, drafter, batch, which(batch), target)
   return lax.while_loop(more, body, (jnp.zeros((), jnp.int32), batch))[1]
 
 
 def step(model: StreamModel, layout: StreamLayout, drafter: RowDrafter | None,
-         batch: StreamState, active: Bool[Array, "B"]) -> StreamState:
+         batch: StreamState, active: Bool[Array, "B"],
+         target: Int[Array, "B"]) -> StreamState:
   """One pass over the last row, and over drafted ones behind it."""
   if drafter is None:
-    return settle(model, layout, batch, active, None)
+    return settle(model, layout, batch, active, None, target)
   guesses, found = drafter.propose(layout, batch)
   return lax.cond(
       jnp.any(found & active),
-      lambda: settle(model, layout, batch, active, guesses),
-      lambda: settle(model, layout, batch, active, None))
+      lambda: settle(model, layout, batch, active, guesses, target),
+      lambda: settle(model, layout, batch, active, None, target))
 
 
 def settle(model: StreamModel, layout: StreamLayout, batch: StreamState,
-           active: Bool[Array, "B"], guesses: Int[Array, "B K C"] | None
-           ) -> StreamState:
+           active: Bool[Array, "B"], guesses: Int[Array, "B K C"] | None,
+           target: Int[Array, "B"]) -> StreamState:
   """Scores rows, samples behind each that stands, and keeps those.
 
   Rows are drafted by the function that makes real ones, from guesses in the
   place of samples. A drafted row stands if the real one is the same in every
-  cell: only then is the next pass's worth of logits behind it of any use.
+  cell: only then do the logits behind it mean anything.
+
+  Args:
+    target: the last row that each session may get.
   """
   lines, request = batch.lines, batch.request
   drafts = 0 if guesses is None else guesses.shape[1]
@@ -312,8 +316,8 @@ def settle(model: StreamModel, layout: StreamLayout, batch: StreamState,
       real, there = lines.pending
       guess, held = at(tokens, nxt), at(live, nxt)
       same = jnp.all((there == held) & (~there | (real == guess)), axis=1)
-      return (depth + 1, lines,
-              stands & same & state.going(layout, lines), taken)
+      goes_on = state.going(layout, lines) & (lines.row < target)
+      return depth + 1, lines, stands & same & goes_on, taken
     zero = jnp.zeros_like(batch.passes)
     _, new, _, taken = lax.while_loop(
         more, verify, (jnp.zeros((), jnp.int32), lines, active, zero))

@@ -298,13 +298,14 @@ class Streams:
       batch = loop.hold(self._batch, paused, drop)
       for one in everyone:
         batch = one._feed(batch)
+      known = min(one._known() for one in everyone if one._asked)
       self._batch = batch = loop.decode(
           self.model, self.layout, self._drafter, batch, np.int32(stride),
-          np.int32(stride))
+          np.int32(known))
       seen = jax.device_get(_view(self.layout, batch))
       for one in everyone:
         one._take(seen)
-      return bool(seen["going"][session._at]) or bool(session._waiting)
+      return bool(seen["going"][session._at]) or any(session._waiting)
 
   def _close(self, session: "Session") -> None:
     with self._lock, on(self.mesh, self._target):
@@ -329,7 +330,7 @@ class Session:
   def __init__(self, streams: Streams, at: int, given: int):
     self._streams, self._at, self._given = streams, at, given
     self._asked = self._closed = self._drop = self._interrupted = False
-    self._waiting: deque[tuple[int, list[int]]] = deque()
+    self._waiting: list[list[int]] = [[] for _ in streams.layout.streams]
     self._pushed = np.zeros(streams.layout.count, int)
     self._head = np.zeros(streams.layout.count, int)
     self._unseen: deque[Row] = deque()
@@ -359,7 +360,7 @@ class Session:
       raise InputError("the session is closed; open another")
     if ids:
       with streams._lock:
-        self._waiting.append((at, ids))
+        self._waiting[at] += ids
 
   def interrupt(self) -> None:
     """Stops the rows after the one being written; what waits is forgotten.
@@ -368,7 +369,7 @@ class Session:
     """
     self._interrupted = True
     with self._streams._lock:
-      self._waiting.clear()
+      self._waiting = [[] for _ in self._waiting]
       self._drop = True
 
   def rows(self, stride: int = 1) -> Iterator[Row]:
@@ -378,7 +379,7 @@ class Session:
     when something is.
 
     Args:
-      stride: passes between two looks at what was pushed.
+      stride: passes at most between two looks at what was pushed.
     """
     self._interrupted, self._asked = False, True
     try:
@@ -411,22 +412,24 @@ class Session:
 
   def _feed(self, batch: state.StreamState) -> state.StreamState:
     """Moves what waits to the device, as much as there is room for."""
-    while self._waiting:
-      stream, ids = self._waiting[0]
-      free = _QUEUE - (self._pushed[stream] - self._head[stream])
-      some = ids[:min(free, _PUSH)]
-      if not some:
-        break
-      padded = np.zeros(_PUSH, np.int32)
-      padded[:len(some)] = some
-      batch = loop.push(batch, np.int32(self._at), np.int32(stream), padded,
-                        np.int32(len(some)))
-      self._pushed[stream] += len(some)
-      if len(some) < len(ids):
-        self._waiting[0] = (stream, ids[len(some):])
-      else:
-        self._waiting.popleft()
+    for stream, ids in enumerate(self._waiting):
+      while some := ids[:min(_PUSH, self._room(stream))]:
+        padded = np.zeros(_PUSH, np.int32)
+        padded[:len(some)] = some
+        batch = loop.push(batch, np.int32(self._at), np.int32(stream), padded,
+                          np.int32(len(some)))
+        self._pushed[stream] += len(some)
+        del ids[:len(some)]
     return batch
+
+  def _room(self, stream: int) -> int:
+    return _QUEUE - int(self._pushed[stream] - self._head[stream])
+
+  def _known(self) -> int:
+    """Rows that can be written before more has to come from the host."""
+    return min((_QUEUE - self._room(stream)
+                for stream, ids in enumerate(self._waiting) if ids),
+               default=2**30)
 
   def _take(self, seen: Mapping[str, np.ndarray]) -> None:
     """Reads the rows that are new."""

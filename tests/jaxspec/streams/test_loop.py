@@ -119,34 +119,30 @@ def test_drafted_rows_are_the_plain_ones(name, options):
   assert int(drafted.passes.sum()) < int(plain.passes.sum()) - 20
 
 
-def test_end_tokens_and_words_put_into_a_mouth(small):
+def test_end_tokens_and_words_put_into_a_mouth():
   """A stream ends by its own rule; words for it open it again."""
   model = StreamModel(cycles.model())
   layout = StreamLayout(
       (Stream("user", written=False), Stream("a"),
        Stream("b", stop="session")), positions="counters")
-  first = np.array([[3, 3, 3]], np.int32)
-  three, nine = (cycles.recited([3], n)[-1] for n in (3, 9))
-  options = dataclasses.replace(GREEDY, max_new_tokens=15)
+  a = [3, *cycles.recited([3], 15)]
+  b = a[4:] + cycles.recited(a[-1:], 4)          # four words ahead
+  first = np.array([[3, a[0], b[0]]], np.int32)
 
-  def write(stops, words):
+  def write(stop, words=()):
     batch = tables.begin(
         model, layout, [(first, np.ones((1, 3), bool))],
-        [dataclasses.replace(options, stop_token_ids=stops)])
+        [dataclasses.replace(GREEDY, max_new_tokens=15,
+                             stop_token_ids=(stop,))])
     if words:
       batch = tables.finish(model, layout, batch, rows_=5)
       batch = push(batch, 0, 1, words)
-    return tables.finish(model, layout, batch)
-  rows = tables.table(write((nine,), []))
-  assert rows[-1].tolist() == [-1, nine, nine] and len(rows) == 10
-  ended = dataclasses.replace(layout, streams=(
-      *layout.streams[:2], dataclasses.replace(layout.streams[2],
-                                               stop="never")))
-  layout = ended
-  rows = tables.table(write((three,), []))
-  a = rows[:, 1]
-  assert a[:4].tolist() == [3, *cycles.recited([3], 3)]
-  assert (a[4:] == -1).all() and len(rows) == 16
-  rows = tables.table(write((three,), [20, 21]))
-  assert rows[6:8, 1].tolist() == [20, 21]
-  assert rows[8, 1] == cycles.recited([21], 1)[0]
+    return tables.table(tables.finish(model, layout, batch)).T.tolist()
+  holes = [-1] * 40
+  # What ends b ends all of it, and a is cut short.
+  assert write(b[9]) == [[3, *holes[:9]], a[:10], b[:10]]
+  # a ends alone, with its last word in the table, and b goes on.
+  assert write(a[3]) == [[3, *holes[:15]], a[:4] + holes[:12], b]
+  said = cycles.recited([21], 8)
+  assert write(a[3], [20, 21]) == [
+      [3, *holes[:15]], [*a[:4], -1, -1, 20, 21, *said], b]

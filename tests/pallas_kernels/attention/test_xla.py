@@ -16,7 +16,7 @@ import pytest
 from jax import lax
 
 from pallas_kernels import pack, tree_attention
-from pallas_kernels.attention import xla
+from pallas_kernels.attention import op, xla
 from pallas_kernels.attention.xla import BLOCK
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -26,7 +26,7 @@ ROWS, TOKENS, NODES, SIZE = 4, 3, 5, 8
 
 def reference(query, key, value, fresh_key, fresh_value, *, slot_positions,
               positions, fresh_positions, mask, scale, window=None,
-              logits_soft_cap=None):
+              logits_soft_cap=None, slot_streams=None, readable=None):
   """The definition: for each token and head, a softmax over what it sees."""
   rows, tokens, heads, _ = query.shape
   groups = key.shape[1]
@@ -37,6 +37,9 @@ def reference(query, key, value, fresh_key, fresh_value, *, slot_positions,
     first = -1 if window is None else positions[b, t] - window
     held = slot_positions[b]
     seen = (held >= 0) & (held > first)
+    if slot_streams is not None:
+      seen &= (held < positions[b, t]) & (
+          readable[t] >> slot_streams[b].astype(np.uint32) & 1 == 1)
     fresh = mask[b, t] & (fresh_positions[b] > first)
     keys = np.concatenate([key[b, g][seen], fresh_key[b, :, g][fresh]])
     values = np.concatenate([value[b, g][seen], fresh_value[b, :, g][fresh]])
@@ -239,3 +242,36 @@ def test_other_backends_read_a_long_prefix_at_once(monkeypatch):
       logits_soft_cap=None))(*arrays, **packed(places))
   np.testing.assert_allclose(
       found, reference(*arrays, **places, scale=0.4, window=50), atol=2e-5)
+
+
+@pytest.mark.parametrize("slots, page", [(20, None), (200, None), (192, 16)])
+def test_streams_side_by_side(slots, page):
+  """A token sees what comes before it, in the streams it may read."""
+  arrays, places = case(slots)
+  rng = np.random.default_rng(slots)
+  # Several streams have a token at the same position, some behind the token.
+  held = np.where(places["slot_positions"] >= 0,
+                  rng.integers(0, slots, (ROWS, slots)), -1).astype(np.int32)
+  places["positions"] = rng.integers(0, slots, (ROWS, TOKENS)).astype(np.int32)
+  places |= dict(
+      slot_positions=held,
+      slot_streams=rng.integers(0, 4, (ROWS, slots)).astype(np.int32),
+      readable=np.array([0b1011, 0b0100, 0], np.uint32))
+  wanted = reference(*arrays, **places, scale=0.4, window=90)
+  if page:
+    arrays, places["table"] = paged(arrays, places, page, rng)
+  np.testing.assert_allclose(attend(arrays, places, window=90), wanted,
+                             atol=2e-5)
+
+
+def test_a_kernel_of_one_stream_says_so(monkeypatch):
+  monkeypatch.setitem(op._IMPLEMENTATIONS, "other", xla.tree_attention)
+  arrays, places = case(20)
+  attend(arrays, places, implementation="other")
+  places |= dict(slot_streams=np.zeros((ROWS, 20), np.int32),
+                 readable=np.ones(TOKENS, np.uint32))
+  with pytest.raises(NotImplementedError, match="one stream"):
+    attend(arrays, places, implementation="other")
+  np.testing.assert_array_equal(
+      attend(arrays, places, implementation=("other", "xla")),
+      attend(arrays, places))
