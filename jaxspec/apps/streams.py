@@ -81,8 +81,8 @@ def define_flags(values: flags.FlagValues) -> None:
   text(
     "row_drafter",
     "",
-    "lookup:length=3 guesses whole rows, which are verified together; the "
-    "rows are the same",
+    "lookup:length=3 or medusa:heads=FOLDER guesses whole rows, which are "
+    "verified together; the rows are the same",
   )
   number("room", None, "rows of the table at most")
   number("stride", 4, "passes between two looks at what was read")
@@ -104,7 +104,9 @@ def main(settings: types.SimpleNamespace) -> None:
   if settings.stride < 1:
     raise InputError(f"--stride must be at least 1, got {settings.stride}")
   layout = layouts.parse(settings.layout)
-  given = dict(_named("given", settings.given, layout))
+  given: dict[str, str] = {}
+  for name, words in _named("given", settings.given, layout):
+    given[name] = given.get(name, "") + words
   pushed = _named("push", settings.push, layout)
   hidden = _named("hide", settings.hide, layout)
   for _, name in hidden:

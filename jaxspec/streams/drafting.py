@@ -6,26 +6,24 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Int
 
-from jaxspec import naming
+from jaxspec import heads, naming
 from jaxspec.drafters.prompt_lookup import PromptLookup
 from jaxspec.errors import InputError
+from jaxspec.heads import MedusaHeads
 from jaxspec.streams.layout import StreamLayout
+from jaxspec.streams.model import StreamModel
 from jaxspec.streams.state import StreamState
 
 
 @runtime_checkable
 class RowDrafter(Protocol):
-  """Guesses the next rows of every session. Hashable: it has no weights.
+  """Guesses the next K rows of every session. A pytree: leaves are weights."""
 
-  Attributes:
-    length: rows it guesses (K).
-  """
-
-  length: int
-
-  def propose(self, layout: StreamLayout, batch: StreamState
+  def propose(self, model: StreamModel, layout: StreamLayout,
+              batch: StreamState
               ) -> tuple[Int[Array, "B K C"], Bool[Array, "B"]]:
     """What the model may say in each stream, row by row.
 
@@ -38,20 +36,7 @@ class RowDrafter(Protocol):
     ...
 
 
-def parse(text: str) -> RowDrafter | None:
-  """Reads `lookup:length=3,all=False`; nothing is no drafter.
-
-  Raises:
-    InputError: there is no such drafter or option.
-  """
-  if not text:
-    return None
-  name, options = naming.choose("row drafter", text, ["lookup"])
-  known = [f.name for f in dataclasses.fields(LookupRows)]
-  return LookupRows(**naming.options(f"row drafter {name}", options, known))
-
-
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class LookupRows:
   """In each stream, what followed the same words the last time.
 
@@ -66,10 +51,10 @@ class LookupRows:
       the others repeat their last token, which is right where they are silent.
   """
 
-  length: int = 3
-  max_ngram: int = 3
-  min_ngram: int = 1
-  all: bool = True
+  length: int = struct.field(pytree_node=False, default=3)
+  max_ngram: int = struct.field(pytree_node=False, default=3)
+  min_ngram: int = struct.field(pytree_node=False, default=1)
+  all: bool = struct.field(pytree_node=False, default=True)
 
   def __post_init__(self):
     for name, low, high in (("length", 1, 32), ("min_ngram", 1, 64),
@@ -78,7 +63,7 @@ class LookupRows:
     if not isinstance(self.all, bool):
       raise InputError(f"lookup: all must be True or False, got {self.all!r}")
 
-  def propose(self, layout, batch):
+  def propose(self, model, layout, batch):
     lines = batch.lines
     sessions, streams = lines.counts.shape
     look = PromptLookup(self.length, self.max_ngram, self.min_ngram)
@@ -96,3 +81,45 @@ class LookupRows:
     if self.all:
       worth &= jnp.all(known | ~writes, axis=1)
     return jnp.moveaxis(tokens, 1, 2), worth
+
+
+@struct.dataclass
+class HeadRows:
+  """In each stream, what heads on the model's last layer say comes next.
+
+  The heads are those of ordinary decoding (arXiv:2401.10774): a stream is to
+  them a text like any other. Each looks at the last row that was fed.
+  """
+
+  heads: MedusaHeads
+
+  def propose(self, model, layout, batch):
+    written = jnp.array(layout.written)
+    x = batch.last[:, written]
+    said = self.heads.choose(model.backbone, x.reshape(-1, x.shape[-1]), 1)
+    said = said.reshape(*x.shape[:2], -1)                         # [B W K]
+    tokens, _ = batch.lines.pending
+    guesses = jnp.zeros((*tokens.shape, said.shape[2]), jnp.int32).at[
+        :, written].set(said)
+    return jnp.moveaxis(guesses, 1, 2), batch.passes > 0
+
+
+def parse(text: str, model: StreamModel) -> RowDrafter | None:
+  """Reads `lookup:length=3,all=False` or `medusa:heads=FOLDER`.
+
+  Heads without a folder are those that are shipped for the model. No text is no
+  drafter.
+
+  Raises:
+    InputError: there is no such drafter or option, or the heads are another
+      model's.
+  """
+  if not text:
+    return None
+  name, options = naming.choose("row drafter", text, ["lookup", "medusa"])
+  if name == "lookup":
+    known = [f.name for f in dataclasses.fields(LookupRows)]
+    return LookupRows(**naming.options(f"row drafter {name}", options, known))
+  folder = naming.options(f"row drafter {name}", options, ["heads"])
+  folder = heads.find(str(folder.get("heads", "")), model.backbone, "medusa")
+  return HeadRows(heads.load(folder, model.backbone, "medusa").heads)

@@ -51,8 +51,9 @@ def init(model: StreamModel, layout: StreamLayout, inner: Any, *, room: int,
     room: most rows of a table.
     queue: most tokens that wait in a stream.
   """
-  del model
   batch, streams = len(inner.length), layout.count
+  x = jax.eval_shape(model.backbone.embed,
+                     jnp.zeros((batch, streams), jnp.int32))
 
   def zeros(*shape, dtype=jnp.int32):
     return jnp.zeros((batch, *shape), dtype)
@@ -68,8 +69,10 @@ def init(model: StreamModel, layout: StreamLayout, inner: Any, *, room: int,
       jnp.zeros(batch * streams, jnp.int32),
       jnp.full((batch * streams, stops), -1, jnp.int32),
       jnp.zeros(batch * streams, bool))
-  return StreamState(lines, StreamCache.over(inner), request, zeros(),
-                     ~zeros(dtype=bool), zeros(), zeros(), zeros())
+  return StreamState(
+      lines, StreamCache.over(inner), request, zeros(),
+      jnp.zeros(x.shape, x.dtype), ~zeros(dtype=bool), zeros(), zeros(),
+      zeros())
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "chunk", "dtype"))
@@ -178,7 +181,7 @@ def insert(layout: StreamLayout, batch: StreamState, at: Int[Array, "R"],
   lines = lines.replace(ended=held < reading.cache.length)
   return StreamState(
       put(old, lines), cache, put_streams(batch.request, request),
-      put(batch.base, reading.base), put(batch.paused, zero == 0),
+      put(batch.base, reading.base), batch.last, put(batch.paused, zero == 0),
       put(batch.passes, zero), put(batch.drafted, zero),
       put(batch.accepted, zero))
 
@@ -224,7 +227,7 @@ def hold(batch: StreamState, which: Bool[Array, "B"], drop: Bool[Array, "B"]
       queue=queue.replace(head=head)))
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "drafter"),
+@functools.partial(jax.jit, static_argnames=("layout",),
                    donate_argnames=("batch",))
 def decode(model: StreamModel, layout: StreamLayout,
            drafter: RowDrafter | None, batch: StreamState,
@@ -259,7 +262,7 @@ def step(model: StreamModel, layout: StreamLayout, drafter: RowDrafter | None,
   """One pass over the last row, and over drafted ones behind it."""
   if drafter is None:
     return settle(model, layout, batch, active, None, target)
-  guesses, found = drafter.propose(layout, batch)
+  guesses, found = drafter.propose(model, layout, batch)
   return lax.cond(
       jnp.any(found & active),
       lambda: settle(model, layout, batch, active, guesses, target),
@@ -331,7 +334,10 @@ def settle(model: StreamModel, layout: StreamLayout, batch: StreamState,
     fits = added == wanted
     lines = state.choose(fits, new, lines)
     lines = lines.replace(ended=lines.ended | ~fits)
+  fed = jnp.take_along_axis(
+      x, jnp.maximum(taken - 1, 0)[:, None, None, None], axis=1)[:, 0]
+  last = jnp.where((taken > 0)[:, None, None], fed, batch.last)
   return batch.replace(
-      lines=lines, cache=cache, passes=batch.passes + active,
+      lines=lines, cache=cache, last=last, passes=batch.passes + active,
       drafted=batch.drafted + drafts * active,
       accepted=batch.accepted + jnp.maximum(taken - 1, 0) * fits)

@@ -89,8 +89,8 @@ class Streams:
     Args:
       layout: one, or the name of one (`layout.parse`).
       tokenizer: None takes and gives token ids alone.
-      drafter: `lookup:length=3`, a `drafting.RowDrafter`, or "" for none. The
-        rows are the same whatever it guesses.
+      drafter: text for `drafting.parse`, a `drafting.RowDrafter`, or "" for
+        none. The rows are the same whatever it guesses.
       room: None takes 512, or what the model's context leaves of it.
       prefix_room: most tokens of a prefix.
       cache: `contiguous` or `paged`, with options as for a `Generator`.
@@ -120,8 +120,8 @@ class Streams:
     self.defaults = Options() if defaults is None else defaults
     self.mesh = sharding.make_mesh() if mesh is None else mesh
     self._target = choose(kernels, self.mesh)
-    self._drafter = (drafting.parse(drafter) if isinstance(drafter, str)
-                     else drafter)
+    self._drafter = (drafting.parse(drafter, model)
+                     if isinstance(drafter, str) else drafter)
     if cache_dtype is None:
       on_cpu = self.mesh.devices.flat[0].platform == "cpu"
       cache_dtype = ("float32" if on_cpu

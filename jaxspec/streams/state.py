@@ -107,6 +107,8 @@ class StreamState:
 
   Attributes:
     base: tokens of each session's prefix.
+    last: the top of the residual stream at the last row that was fed, for
+      heads that look ahead.
     paused: sessions the host holds back.
     passes: passes of the model each session took part in.
     drafted: rows that were drafted in them.
@@ -117,6 +119,7 @@ class StreamState:
   cache: StreamCache
   request: StreamRequest
   base: Int[Array, "B"]
+  last: Float[Array, "B C D"]
   paused: Bool[Array, "B"]
   passes: Int[Array, "B"]
   drafted: Int[Array, "B"]

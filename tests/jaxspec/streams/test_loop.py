@@ -10,7 +10,7 @@ import pytest
 from jaxspec.drafters.autoregressive import Autoregressive
 from jaxspec.streams import layout as layouts
 from jaxspec.streams import loop
-from jaxspec.streams.drafting import LookupRows
+from jaxspec.streams.drafting import HeadRows, LookupRows
 from jaxspec.streams.layout import Stream, StreamLayout
 from jaxspec.streams.model import StreamModel
 from tests.jaxspec import batches, cycles
@@ -111,12 +111,14 @@ def test_drafted_rows_are_the_plain_ones(name, options):
     for session in range(2):
       batch = push(batch, session, 0, [7, 8, 9])
     return tables.finish(model, layout, batch, drafter)
-  plain, drafted = write(None), write(LookupRows(length=3))
-  for session in range(2):
-    np.testing.assert_array_equal(tables.table(plain, session),
-                                  tables.table(drafted, session))
-  assert int(drafted.accepted.sum()) > 20
-  assert int(drafted.passes.sum()) < int(plain.passes.sum()) - 20
+  plain = write(None)
+  for drafter in (LookupRows(length=3), HeadRows(cycles.medusa_heads(3))):
+    drafted = write(drafter)
+    for session in range(2):
+      np.testing.assert_array_equal(tables.table(plain, session),
+                                    tables.table(drafted, session))
+    assert int(drafted.accepted.sum()) > 20
+    assert int(drafted.passes.sum()) < int(plain.passes.sum()) - 20
 
 
 def test_end_tokens_and_words_put_into_a_mouth():
