@@ -143,7 +143,7 @@ def conversation(layout: StreamLayout, question: Sequence[int],
 
 
 def from_json(layout: StreamLayout, encode: Callable[[str], Sequence[int]],
-              rows: Sequence[Mapping[str, str]]) -> Table:
+              rows: Sequence[Any]) -> Table:
   """A table that was written as one: objects with a cell for each stream.
 
   A cell of several tokens makes its row as high as the longest of its cells.

@@ -64,7 +64,8 @@ class StreamModel:
                        "trained for")
 
 
-def save(folder: str | pathlib.Path, embedding: Float[Array, "ids D"]) -> None:
+def save(folder: str | pathlib.Path,
+         embedding: Float[Array | np.ndarray, "ids D"]) -> None:
   """Puts a table of stream embeddings beside a model's weights."""
   import safetensors.numpy
   file = pathlib.Path(folder).expanduser() / FILE
