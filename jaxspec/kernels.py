@@ -80,12 +80,15 @@ def wanted() -> bool:
 def tree_attention(query: Any, key: Any, value: Any, fresh_key: Any,
                    fresh_value: Any, *, slot_positions: Any, positions: Any,
                    fresh_positions: Any, seen: Any, table: Any = None,
+                   slot_streams: Any = None, readable: Any = None,
                    **settings: Any) -> Any:
   """`pallas_kernels.tree_attention`, each shard for its rows and heads."""
   arrays = dict(slot_positions=slot_positions, positions=positions,
                 fresh_positions=fresh_positions, seen=seen)
   if table is not None:
     arrays["table"] = table
+  if slot_streams is not None:
+    arrays |= dict(slot_streams=slot_streams, readable=readable)
 
   def attend(query, key, value, fresh_key, fresh_value, arrays):
     return pallas_kernels.tree_attention(
@@ -105,6 +108,8 @@ def tree_attention(query: Any, key: Any, value: Any, fresh_key: Any,
              for name, x in arrays.items()}
   if seen.ndim == 2:             # one mask for all
     of_rows["seen"] = P(None, None)
+  if readable is not None:       # and these are the same for all
+    of_rows["readable"] = P(None)
   return jax.shard_map(
       attend, in_specs=(tokens, cache, cache, tokens, tokens, of_rows),
       out_specs=tokens, check_vma=False)(*args)

@@ -19,6 +19,8 @@ _IMPLEMENTATIONS = {"tpu": tpu.tree_attention, "gpu": gpu.tree_attention,
 Committed = (Float[Array, "B G S K"] | Float[Array, "X G page K"]
              | Int8[Array, "B G S K"] | Int8[Array, "X G page K"])
 Scales = Float[Array, "B G S"] | Float[Array, "X G page"]
+# Those that tell streams apart; the others say that they do not.
+_STREAMED = ("xla",)
 
 
 def tree_attention(
@@ -38,6 +40,8 @@ def tree_attention(
     table: Int[Array, "B M"] | None = None,
     window: int | None = None,
     logits_soft_cap: float | None = None,
+    slot_streams: Int[Array, "B S"] | None = None,
+    readable: UInt32[Array, "T"] | None = None,
     implementation: Implementation = None,
 ) -> Float[Array, "B T H K"]:
   """Grouped-query attention of T tokens to S committed slots and N fresh ones.
@@ -59,6 +63,10 @@ def tree_attention(
       slots without a position may be anything.
     window: how many positions a token sees, itself included; None for all.
     logits_soft_cap: scores become `cap * tanh(score / cap)` (Gemma 2).
+    slot_streams: the stream each slot is of, below 32, where a prefix holds
+      several side by side; None for one.
+    readable: with `slot_streams`, the streams each token may read, one bit
+      each. Of those it sees the slots whose position comes before its own.
 
   Returns:
     The attended values, in the dtype of `query`. Scores and softmax are in
@@ -71,10 +79,20 @@ def tree_attention(
   if (key_scale is None) != (value_scale is None):
     raise ValueError("tree_attention: key_scale and value_scale go together, "
                      "got one of them")
+  implementations, streams = _IMPLEMENTATIONS, {}
+  if slot_streams is not None:
+    streams = dict(slot_streams=slot_streams, readable=readable)
+    implementations = {name: call if name in _STREAMED else _one_stream
+                       for name, call in _IMPLEMENTATIONS.items()}
   return dispatch(
-      "tree_attention", _IMPLEMENTATIONS, implementation,
+      "tree_attention", implementations, implementation,
       query, key, value, fresh_key, fresh_value,
       slot_positions=slot_positions, positions=positions,
       fresh_positions=fresh_positions, seen=seen, scale=scale,
       key_scale=key_scale, value_scale=value_scale, table=table,
-      window=window, logits_soft_cap=logits_soft_cap)
+      window=window, logits_soft_cap=logits_soft_cap,
+      **streams)
+
+
+def _one_stream(*unused: object, **also_unused: object):
+  raise NotImplementedError("it takes a prefix of one stream")

@@ -19,7 +19,7 @@ BLOCK = 128
 def tree_attention(query, key, value, fresh_key, fresh_value, *,
                    slot_positions, positions, fresh_positions, seen, scale,
                    table, window, logits_soft_cap, key_scale=None,
-                   value_scale=None):
+                   value_scale=None, slot_streams=None, readable=None):
   """See `pallas_kernels.attention.op.tree_attention`.
 
   A CPU reads the prefix block by block and stops where no row holds more:
@@ -54,14 +54,18 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
             out * shrink + _einsum(equations[1], s.astype(values.dtype),
                                    values))
 
-  def prefix(state, key, value, held, scales=None):
+  def prefix(state, key, value, held, scales, streams):
     visible = (held >= 0)[:, None]                             # [B 1 S]
     if oldest is not None:
       visible = visible & (held[:, None] > oldest)
+    if streams is not None:
+      of = streams.astype(jnp.uint32)[:, None]
+      visible = (visible & (held[:, None] < positions[..., None])
+                 & ((readable[None, :, None] >> of) & 1 == 1))
     return add(state, ("bgrtk,bgsk->bgrts", "bgrts,bgsk->bgrtk"), key, value,
                visible, scales)
 
-  def paged(state, key, value, held, table, scales):
+  def paged(state, key, value, held, table, scales, streams):
     def gather(pool):
       x = pool.at[table].get(mode="promise_in_bounds")       # [B M G page ...]
       x = jnp.moveaxis(x, 2, 1)
@@ -72,9 +76,9 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
     if scales is not None:
       scales = gather(scales[0]), jnp.where((held >= 0)[:, None],
                                             gather(scales[1]), 0)
-    return prefix(state, gather(key), value, held, scales)
+    return prefix(state, gather(key), value, held, scales, streams)
 
-  def by_block(state, key, value, held, table, scales):
+  def by_block(state, key, value, held, table, scales, streams):
     size = BLOCK if table is None else key.shape[2] * pages
     used = jnp.max(jnp.where(held >= 0, jnp.arange(slots)[None] + 1, 0))
 
@@ -84,20 +88,24 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
       at = lax.dynamic_slice_in_dim(held, start, size, axis=1)
       again = start + jnp.arange(size)[None] < i * size
       at = jnp.where(again, -1, at)
+      of = streams
+      if of is not None:
+        of = lax.dynamic_slice_in_dim(of, start, size, axis=1)
       if table is not None:
         some = lax.dynamic_slice_in_dim(table, start // key.shape[2], pages,
                                         axis=1)
-        return paged(state, key, value, at, some, scales)
+        return paged(state, key, value, at, some, scales, of)
       def cut(x):
         return lax.dynamic_slice_in_dim(x, start, size, axis=2)
-      return prefix(state, cut(key), cut(value), at, jax.tree.map(cut, scales))
+      return prefix(state, cut(key), cut(value), at, jax.tree.map(cut, scales),
+                    of)
 
     return lax.fori_loop(0, (used + size - 1) // size, body, state)
 
-  def whole(state, key, value, held, table, scales):
+  def whole(state, key, value, held, table, scales, streams):
     if table is not None:
-      return paged(state, key, value, held, table, scales)
-    return prefix(state, key, value, held, scales)
+      return paged(state, key, value, held, table, scales, streams)
+    return prefix(state, key, value, held, scales, streams)
 
   fresh = unpack(seen, fresh_key.shape[1])
   fresh = jnp.broadcast_to(fresh, (rows, *fresh.shape[-2:]))   # [B T N]
@@ -112,12 +120,12 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
   pages = 1 if table is None else min(max(1, BLOCK // key.shape[2]),
                                       table.shape[1])
   scales = None if key_scale is None else (key_scale, value_scale)
-  prefix_of = (key, value, slot_positions, table, scales)
+  prefix_of = (key, value, slot_positions, table, scales, slot_streams)
   if slots > BLOCK or table is not None:
     state = lax.platform_dependent(state, *prefix_of, cpu=by_block,
                                    default=whole)
   elif slots:
-    state = prefix(state, key, value, slot_positions, scales)
+    state = prefix(state, key, value, slot_positions, scales, slot_streams)
   _, total, out = state
   return jnp.moveaxis(out / total, 3, 1).reshape(query.shape).astype(
       query.dtype)

@@ -12,7 +12,7 @@ ROWS = 4
 
 def reference(query, key, value, fresh_key, fresh_value, *, slot_positions,
               positions, fresh_positions, mask, scale, window=None,
-              logits_soft_cap=None):
+              logits_soft_cap=None, slot_streams=None, readable=None):
   """The definition: for each token and head, a softmax over what it sees."""
   rows, tokens, heads, _ = query.shape
   groups = key.shape[1]
@@ -23,6 +23,9 @@ def reference(query, key, value, fresh_key, fresh_value, *, slot_positions,
     first = -1 if window is None else positions[b, t] - window
     held = slot_positions[b]
     seen = (held >= 0) & (held > first)
+    if slot_streams is not None:
+      seen &= (held < positions[b, t]) & (
+          readable[t] >> slot_streams[b].astype(np.uint32) & 1 == 1)
     fresh = mask[b, t] & (fresh_positions[b] > first)
     keys = np.concatenate([key[b, g][seen], fresh_key[b, :, g][fresh]])
     values = np.concatenate([value[b, g][seen], fresh_value[b, :, g][fresh]])

@@ -16,7 +16,7 @@ import pytest
 from jax import lax
 
 from pallas_kernels import tree_attention
-from pallas_kernels.attention import xla
+from pallas_kernels.attention import op, xla
 from pallas_kernels.attention.xla import BLOCK
 from tests.pallas_kernels.attention.definition import (
     case,
@@ -27,6 +27,7 @@ from tests.pallas_kernels.attention.definition import (
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def attend(arrays, places, **options):
   return tree_attention(*map(jnp.asarray, arrays), **packed(places),
@@ -193,3 +194,39 @@ def test_scales_come_in_pairs():
   del scales["value_scale"]
   with pytest.raises(ValueError, match="key_scale and value_scale go together"):
     attend(stored, places, **scales)
+
+
+@pytest.mark.parametrize("slots, page", [(20, None), (200, None), (192, 16)])
+def test_streams_side_by_side(slots, page):
+  """A token sees what comes before it, in the streams it may read."""
+  arrays, places = case(slots)
+  rng = np.random.default_rng(slots)
+  rows, tokens = arrays[0].shape[:2]
+  # Several streams have a token at the same position, some behind the token.
+  held = np.where(places["slot_positions"] >= 0,
+                  rng.integers(0, slots, (rows, slots)), -1).astype(np.int32)
+  places["positions"] = rng.integers(0, slots, (rows, tokens)).astype(np.int32)
+  places |= dict(
+      slot_positions=held,
+      fresh_positions=np.full_like(places["fresh_positions"], slots),
+      slot_streams=rng.integers(0, 4, (rows, slots)).astype(np.int32),
+      readable=np.array([0b1011, 0b0100, 0], np.uint32))
+  wanted = reference(*arrays, **places, scale=0.4, window=90)
+  if page:
+    arrays, places["table"] = paged(arrays, places, page, rng)
+  np.testing.assert_allclose(attend(arrays, places, window=90), wanted,
+                             atol=2e-5)
+
+
+def test_a_kernel_of_one_stream_says_so(monkeypatch):
+  monkeypatch.setitem(op._IMPLEMENTATIONS, "other", xla.tree_attention)
+  arrays, places = case(20)
+  rows, tokens = arrays[0].shape[:2]
+  attend(arrays, places, implementation="other")
+  places |= dict(slot_streams=np.zeros((rows, 20), np.int32),
+                 readable=np.ones(tokens, np.uint32))
+  with pytest.raises(NotImplementedError, match="one stream"):
+    attend(arrays, places, implementation="other")
+  np.testing.assert_array_equal(
+      attend(arrays, places, implementation=("other", "xla")),
+      attend(arrays, places))

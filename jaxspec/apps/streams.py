@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads, thinks and writes in several streams at once, a row a step.
+
+  python -m jaxspec streams --model=FOLDER --layout=reading \\
+    --given='assistant=A:' --push='user=What is two and two?'
+
+Columns are streams. With --listen, lines on stdin are read while the model
+writes: `user: Wait!` goes to that stream, one word alone in a line, `/stop`,
+interrupts.
+"""
+
+import json
+import queue
+import shutil
+import sys
+import threading
+import types
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from jaxspec.apps import launch
+from jaxspec.errors import InputError
+
+if TYPE_CHECKING:
+  from jaxspec.streams.layout import StreamLayout
+  from jaxspec.streams.session import Row, Session, Streams
+else:  # Imported when needed, so that --help loads no jax.
+  StreamLayout = Row = Session = Streams = Any
+
+_STOP = "/stop"
+_NARROWEST = 6
+_COLORS = (36, 32, 33, 35, 34, 31)
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  """Defines the flags of this command."""
+  launch.define_model_flags(values)
+  launch.define_place_flags(values)
+  launch.define_sampling_flags(values)
+  text = lambda *args: flags.DEFINE_string(*args, flag_values=values)
+  many = lambda *args: flags.DEFINE_multi_string(*args, flag_values=values)
+  number = lambda *args: flags.DEFINE_integer(*args, flag_values=values)
+  text(
+    "layout",
+    "reading",
+    "reading, auditing, thoughts or single; or a JSON file of the fields of "
+    "jaxspec.streams.StreamLayout",
+  )
+  text(
+    "stream_embedding",
+    None,
+    "a folder with a table of stream embeddings; by default that of --model, "
+    "if it is a folder with one",
+  )
+  text("prefix", "", "the text that all streams share")
+  many(
+    "given",
+    None,
+    "STREAM=WORDS, a stream's first words, on which the model goes on; may be "
+    "repeated",
+  )
+  many(
+    "push",
+    None,
+    "STREAM=WORDS for a stream to read, a token a row; may be repeated",
+  )
+  many(
+    "hide",
+    None,
+    "READER=STREAM, a stream that the reader must not see; may be repeated",
+  )
+  flags.DEFINE_boolean(
+    "listen",
+    False,
+    "read lines from stdin while the model writes: `STREAM: words`, or "
+    f"{_STOP} to interrupt",
+    flag_values=values,
+  )
+  text(
+    "row_drafter",
+    "",
+    "lookup:length=3 or medusa:heads=FOLDER guesses whole rows, which are "
+    "verified together; the rows are the same",
+  )
+  number("room", None, "rows of the table at most")
+  number("stride", 4, "passes between two looks at what was read")
+  text("cache", "contiguous", "contiguous or paged, with options as in decode")
+  flags.DEFINE_enum(
+    "emit",
+    "text",
+    ["text", "jsonl"],
+    "a line a row: columns, or a JSON object with the tokens and what each "
+    "adds to its stream",
+    flag_values=values,
+  )
+
+
+def main(settings: types.SimpleNamespace) -> None:
+  """Runs one session as the settings ask."""
+  from jaxspec.streams import layout as layouts
+
+  if settings.stride < 1:
+    raise InputError(f"--stride must be at least 1, got {settings.stride}")
+  layout = layouts.parse(settings.layout)
+  given: dict[str, str] = {}
+  for name, words in _named("given", settings.given, layout):
+    given[name] = given.get(name, "") + words
+  pushed = _named("push", settings.push, layout)
+  hidden = _named("hide", settings.hide, layout)
+  for _, name in hidden:
+    layout.place(name)
+  launch.use_compilation_cache(settings.compilation_cache_dir)
+  from jaxspec.generator import Generator
+
+  with launch.progress("loading") as on_progress:
+    generator = Generator.load(
+      settings.model,
+      dtype=settings.dtype,
+      mesh=settings.mesh,
+      on_progress=on_progress,
+    )
+  streams = _streams(settings, generator, hidden)
+  with streams.open(
+    prefix=settings.prefix,
+    given=given,
+    options=launch.sampling_options(generator, settings),
+  ) as session:
+    for stream, words in pushed:
+      session.push(stream, words)
+    show = _shower(settings, streams.layout)
+    if settings.listen:
+      _listen(session, show, settings.stride)
+    else:
+      for row in session.rows(settings.stride):
+        show(row)
+    launch.say(
+      f"{session.count} rows of {streams.layout.count} streams, "
+      f"{session.passes} passes, {session.accepted} rows drafted and accepted"
+    )
+
+
+def _streams(
+  settings: types.SimpleNamespace, generator: Any, hidden: Sequence[Any]
+) -> Streams:
+  import os
+
+  from jaxspec.streams import layout as layouts
+  from jaxspec.streams import model as models
+  from jaxspec.streams.session import Streams
+
+  layout = layouts.parse(settings.layout, generator.tokenizer)
+  for reader, name in hidden:
+    layout = layout.without(reader, name)
+  embedding = settings.stream_embedding
+  if embedding is None and os.path.isdir(os.path.expanduser(settings.model)):
+    embedding = models.load(settings.model, generator.model)
+  return Streams.of(
+    generator,
+    layout,
+    embedding=embedding,
+    drafter=settings.row_drafter,
+    room=settings.room,
+    cache=settings.cache,
+  )
+
+
+def _named(
+  flag: str, items: Sequence[str] | None, layout: StreamLayout
+) -> list[tuple[str, str]]:
+  """Reads STREAM=WORDS."""
+  pairs = []
+  for item in items or ():
+    name, is_set, words = item.partition("=")
+    if not is_set:
+      raise InputError(f"--{flag}={item} must look like STREAM=WORDS, with one "
+                       f"of {', '.join(layout.names)}")
+    layout.place(name)
+    pairs.append((name, words))
+  return pairs
+
+
+def _listen(session: Session, show: Callable[[Row], None], stride: int) -> None:
+  """Shows rows, and hands over what is typed meanwhile."""
+  heard: queue.Queue[str | None] = queue.Queue()
+
+  def read() -> None:
+    for line in sys.stdin:
+      if line.strip() == _STOP:
+        session.interrupt()
+      else:
+        try:
+          name, colon, words = line.partition(":")
+          if not colon and line.strip():
+            raise InputError(f"{line.strip()!r} must look like STREAM: words")
+          if words.strip():
+            session.push(name.strip(), words.rstrip("\n"))
+        except InputError as e:  # What is mistyped ends no session.
+          launch.say(" ".join(str(e).split()))
+      heard.put(line)
+    heard.put(None)
+
+  threading.Thread(target=read, daemon=True).start()
+  line: str | None = ""
+  while line is not None:
+    for row in session.rows(stride):
+      show(row)
+    line = heard.get()
+  # Words that came with the end of stdin.
+  for row in session.rows(stride):
+    show(row)
+
+
+def _shower(
+  settings: types.SimpleNamespace, layout: StreamLayout
+) -> Callable[[Row], None]:
+  if settings.emit == "jsonl":
+    return _show_json
+  if sys.stdout.isatty():
+    return _Columns(layout.names).show
+  print("\t".join(layout.names), flush=True)
+  return lambda row: print(
+    "\t".join(json.dumps(text, ensure_ascii=False)[1:-1] for text in row.texts),
+    flush=True,
+  )
+
+
+def _show_json(row: Row) -> None:
+  line: dict[str, Any] = {
+    "row": row.number,
+    "given": row.given,
+    "tokens": dict(zip(row.names, row.tokens)),
+    "texts": dict(zip(row.names, row.texts)),
+  }
+  if any(x is not None for x in row.logprobs):
+    line["logprobs"] = dict(zip(row.names, row.logprobs))
+  print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+class _Columns:
+  """Streams side by side on a terminal, each in its color."""
+
+  def __init__(self, names: Sequence[str]):
+    self._count = len(names)
+    self._line([f"\x1b[1m{cell}" for cell in self._cells(names)])
+
+  def show(self, row: Row) -> None:
+    weight = 2 if row.given else 0
+    self._line([
+      f"\x1b[{weight};{_COLORS[at % len(_COLORS)]}m{cell}"
+      for at, cell in enumerate(self._cells(row.texts))
+    ])
+
+  def _cells(self, texts: Sequence[str]) -> list[str]:
+    from rich.cells import set_cell_size
+
+    columns = shutil.get_terminal_size().columns
+    width = max(_NARROWEST, (columns - self._count) // self._count)
+    return [
+      set_cell_size("".join(c if c.isprintable() else "·" for c in text), width)
+      for text in texts
+    ]
+
+  def _line(self, cells: Sequence[str]) -> None:
+    print("\x1b[0m ".join(cells) + "\x1b[0m", flush=True)

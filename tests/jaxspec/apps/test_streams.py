@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The streams command: a row a line, words in from flags and from stdin, and
+what is wrong is one sentence."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from jaxspec import __main__ as front_door
+from jaxspec.apps import streams as app
+from jaxspec.streams.session import Row
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+@pytest.fixture
+def run(tiny_model, capsys):
+  def run(*argv):
+    status = front_door.main([
+        "streams", "--compilation_cache_dir=", f"--model={tiny_model}",
+        "--dtype=float32", "--room=24", "--max_new_tokens=6",
+        "--given=assistant=A:", *argv])
+    out = capsys.readouterr()
+    return status, out.out, out.err
+  return run
+
+
+def test_a_row_a_line(run):
+  status, out, err = run("--push=user=hi there", "--prefix=Be brief.",
+                         "--emit=jsonl")
+  rows = [json.loads(line) for line in out.splitlines()]
+  assert status == 0
+  assert [row["row"] for row in rows] == list(range(len(rows)))
+  assert [row["given"] for row in rows[:3]] == [True, True, False]
+  assert "".join(row["texts"]["user"] for row in rows) == "hi there"
+  assert rows[1]["texts"] == {"user": "", "assistant": ":"}
+  spoken = [row["tokens"]["assistant"] for row in rows]
+  assert len([t for t in spoken if t is not None]) == 2 + 6
+  assert spoken[8:] == [None] * (len(rows) - 8) and len(rows) == 10
+  assert "10 rows of 2 streams, 8 passes" in err
+  # The same as columns.
+  status, out, _ = run("--push=user=hi there", "--prefix=Be brief.")
+  header, *lines = out.splitlines()
+  assert header == "user\tassistant" and len(lines) == len(rows)
+  assert "".join(line.split("\t")[0] for line in lines) == "hi there"
+
+
+def test_lines_are_read_while_it_writes(run, monkeypatch):
+  monkeypatch.setattr(sys, "stdin", io.StringIO(
+      "user: one\nnobody: two\nthree\n\nuser: four\n"))
+  status, out, err = run("--listen", "--emit=jsonl")
+  said = "".join(json.loads(line)["texts"]["user"]
+                 for line in out.splitlines())
+  assert status == 0 and said == " one four"
+  assert "no stream 'nobody'" in err and "must look like STREAM: words" in err
+
+
+def test_an_interrupt_ends_what_it_says(run, monkeypatch):
+  """What waits is forgotten, and what comes after is read."""
+  session = []
+
+  class Stdin(io.StringIO):
+    def __iter__(self):
+      yield "user: " + "x" * 9 + "\n"
+      yield "/stop\n"
+      yield "user: on\n"
+      session.append(True)
+  monkeypatch.setattr(sys, "stdin", Stdin())
+  status, out, _ = run("--listen", "--emit=jsonl", "--stride=1")
+  said = "".join(json.loads(line)["texts"]["user"]
+                 for line in out.splitlines())
+  assert status == 0 and session and said.endswith(" on")
+
+
+def test_columns_fit_the_terminal(monkeypatch, capsys):
+  monkeypatch.setenv("COLUMNS", "41")
+  columns = app._Columns(("user", "out"))
+  columns.show(Row(0, ("user", "out"), (1, 2), ("\n", "日本" * 20),
+                   (None, None), given=True))
+  header, row = capsys.readouterr().out.splitlines()
+  assert "user" in header and "·" in row and row.count("日") <= 10
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--layout=readin"], "Did you mean 'reading'?"),
+    (["--push=hi"], "must look like STREAM=WORDS"),
+    (["--push=usr=hi"], "Did you mean 'user'?"),
+    (["--hide=assistant=usr"], "Did you mean 'user'?"),
+    (["--stride=0"], "--stride must be at least 1"),
+])
+def test_a_wrong_flag_is_one_line(run, argv, words):
+  status, out, err = run(*argv)
+  assert status == 2 and not out
+  assert words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--hide=user=user"], "from itself"),
+    (["--layout=auditing"], "auditor has nothing to go on from"),
+    (["--row_drafter=lookip"], "Did you mean 'lookup'?"),
+    (["--room=1000"], "context of 512"),
+    (["--cache=window"], "use contiguous or paged"),
+    (["--stop=x"], "stop texts are not looked for"),
+    (["--stream_embedding=/nowhere"], "holds no table"),
+])
+def test_what_the_model_cannot_serve_is_one_line(run, argv, words):
+  status, out, err = run(*argv)
+  assert status == 2 and not out
+  assert words in err and err.count("\n") == 1

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the loop over rows: one stream is ordinary decoding, sessions are
+independent, speculation changes nothing, input is read as it comes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jaxspec.drafters.autoregressive import Autoregressive
+from jaxspec.streams import layout as layouts
+from jaxspec.streams import loop
+from jaxspec.streams.drafting import HeadRows, LookupRows
+from jaxspec.streams.layout import Stream, StreamLayout
+from jaxspec.streams.model import StreamModel
+from tests.jaxspec import batches, cycles
+from tests.jaxspec.streams import tables
+from tests.jaxspec.streams.tables import GREEDY, SAMPLED
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+TALK = StreamLayout(
+    (Stream("user", written=False), Stream("out", silence_penalty=2.0),
+     Stream("think")), silence=1, keep_silence=False)
+
+
+@pytest.fixture(scope="module")
+def model(small):
+  return tables.tinted(small)
+
+
+def push(batch, session, stream, tokens):
+  padded = np.zeros(8, np.int32)
+  padded[:len(tokens)] = tokens
+  return loop.push(batch, np.int32(session), np.int32(stream), padded,
+                   np.int32(len(tokens)))
+
+
+@pytest.mark.parametrize("options", [batches.GREEDY, batches.SAMPLED],
+                         ids=["greedy", "sampled"])
+def test_one_stream_is_ordinary_decoding(small, options):
+  prompts = batches.prompts(2)
+  options = dataclasses.replace(options, logit_bias={})
+  plain = batches.run(small, Autoregressive(), prompts, options)
+  given = [(np.array(p, np.int32)[:, None], np.ones((len(p), 1), bool))
+           for p in prompts]
+  model = StreamModel(small)
+  batch = tables.begin(model, layouts.single(), given, options)
+  batch = tables.finish(model, layouts.single(), batch)
+  for session, text in enumerate(batches.texts_of(plain)):
+    assert tables.table(batch, session)[:, 0].tolist() == text
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED],
+                         ids=["greedy", "sampled"])
+def test_sessions_are_independent_and_rows_are_refilled(model, options):
+  """A session's rows are its own, whoever sits beside it or sat there before;
+  and what is read between two calls is as if it had been there before."""
+  given = [tables.random_table(TALK, n, seed=n, holes=0.2) for n in (3, 7, 5)]
+  words = [[11, 12, 13], [21, 22], [31]]
+
+  def write(batch, sessions):
+    for at, who in sessions:
+      batch = push(batch, at, 0, words[who])
+    batch = tables.finish(model, TALK, batch, rows_=6)
+    for at, _ in sessions:
+      batch = push(batch, at, 0, [41, 42])
+    return tables.finish(model, TALK, batch)
+  together = write(tables.begin(model, TALK, given, options),
+                   [(0, 0), (1, 1), (2, 2)])
+  others = write(tables.begin(model, TALK, [given[1], given[2], given[0]],
+                              options), [(0, 1), (1, 2), (2, 0)])
+  for here, there in ((0, 2), (1, 0), (2, 1)):
+    np.testing.assert_array_equal(tables.table(together, here),
+                                  tables.table(others, there))
+  again = tables.begin(model, TALK, [given[2], given[0], given[1]], options,
+                       batch=loop.release(others, np.ones(3, bool)),
+                       at=[0, 1, 2])
+  again = write(again, [(0, 2), (1, 0), (2, 1)])
+  np.testing.assert_array_equal(tables.table(again, 1),
+                                tables.table(together, 0))
+  # It did read, and it did write.
+  rows = tables.table(together, 0)
+  assert rows[3:6, 0].tolist() == [11, 12, 13]
+  assert rows[9:11, 0].tolist() == [41, 42]
+  assert len(rows) > 15 and (rows[3:, 1:] != TALK.silence).any()
+
+
+@pytest.mark.parametrize("name", ["reading", "table"])
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED],
+                         ids=["greedy", "sampled"])
+def test_drafted_rows_are_the_plain_ones(name, options):
+  """A model that recites: what it wrote before, it writes again."""
+  layout = layouts.reading() if name == "reading" else StreamLayout(
+      (Stream("user", written=False), Stream("out"), Stream("think")),
+      silence=0)
+  model = StreamModel(cycles.model())
+  options = dataclasses.replace(
+      options, max_new_tokens=30, repetition_penalty=1.0,
+      frequency_penalty=0.0, temperature=0.4 * (options.temperature > 0))
+  starts = [5, 9]
+  given = []
+  for start in starts:
+    column = np.array([start, *cycles.recited([start], 35)], np.int32)
+    # The last words were said before, at the other end of the cycle.
+    given.append((np.stack([column] * layout.count, axis=1),
+                  np.ones((36, layout.count), bool)))
+
+  def write(drafter):
+    batch = tables.begin(model, layout, given, options, room=70)
+    for session in range(2):
+      batch = push(batch, session, 0, [7, 8, 9])
+    return tables.finish(model, layout, batch, drafter)
+  plain = write(None)
+  for drafter in (LookupRows(length=3), HeadRows(cycles.medusa_heads(3))):
+    drafted = write(drafter)
+    for session in range(2):
+      np.testing.assert_array_equal(tables.table(plain, session),
+                                    tables.table(drafted, session))
+    assert int(drafted.accepted.sum()) > 20
+    assert int(drafted.passes.sum()) < int(plain.passes.sum()) - 20
+
+
+def test_end_tokens_and_words_put_into_a_mouth():
+  """A stream ends by its own rule; words for it open it again."""
+  model = StreamModel(cycles.model())
+  layout = StreamLayout(
+      (Stream("user", written=False), Stream("a"),
+       Stream("b", stop="session")), positions="counters")
+  a = [3, *cycles.recited([3], 15)]
+  b = a[4:] + cycles.recited(a[-1:], 4)          # four words ahead
+  first = np.array([[3, a[0], b[0]]], np.int32)
+
+  def write(stop, words=()):
+    batch = tables.begin(
+        model, layout, [(first, np.ones((1, 3), bool))],
+        [dataclasses.replace(GREEDY, max_new_tokens=15,
+                             stop_token_ids=(stop,))])
+    if words:
+      batch = tables.finish(model, layout, batch, rows_=5)
+      batch = push(batch, 0, 1, words)
+    return tables.table(tables.finish(model, layout, batch)).T.tolist()
+  holes = [-1] * 40
+  # What ends b ends all of it, and a is cut short.
+  assert write(b[9]) == [[3, *holes[:9]], a[:10], b[:10]]
+  # a ends alone, with its last word in the table, and b goes on.
+  assert write(a[3]) == [[3, *holes[:15]], a[:4] + holes[:12], b]
+  said = cycles.recited([21], 8)
+  assert write(a[3], [20, 21]) == [
+      [3, *holes[:15]], [*a[:4], -1, -1, 20, 21, *said], b]
