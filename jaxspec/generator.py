@@ -47,7 +47,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 CHUNK = 512
 _BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, CHUNK)
 _DTYPES = ("bfloat16", "float32")
-_STOPS, _BIASES = 16, 64
+STOPS, BIASES = 16, 64
 PREFILLS = ("chunk_major", "layer_major")
 
 
@@ -179,7 +179,7 @@ class Generator:
     self.drift = DriftMonitor()
     self._init = jax.jit(lambda: loop.init(
         self.model, self.drafter, new_cache(), capacity=self.capacity,
-        stops=_STOPS, biases=_BIASES))
+        stops=STOPS, biases=BIASES))
     self._state: DecodeState | None = None
 
   @classmethod
@@ -448,7 +448,7 @@ class Generator:
         raise InputError(f"prompt {index}: stop strings need a tokenizer and "
                          "the checkpoint has none; use stop_token_ids")
       as_request([option], [len(ids)], self.eos_ids, vocab=self.config.vocab,
-                 stops=_STOPS, biases=_BIASES)
+                 stops=STOPS, biases=BIASES)
       answers.append(Answer(index, text, ids, option, self.tokenizer,
                             self.eos_ids, draft_length=self.drafter.height,
                             verifier=_name(self.verifier),
@@ -554,7 +554,7 @@ class Generator:
       row[:len(answer.prompt_ids)] = answer.prompt_ids
     lengths = [len(a.prompt_ids) for a in padded]
     request = as_request([a.options for a in padded], lengths, self.eos_ids,
-                         vocab=self.config.vocab, stops=_STOPS, biases=_BIASES)
+                         vocab=self.config.vocab, stops=STOPS, biases=BIASES)
     return (np.array([*rows, *[self.rows] * spare], np.int32),  # dropped
             tokens, np.array(lengths, np.int32), request)
 
