@@ -284,6 +284,10 @@ class _Reader:
         if operand in ops and mine:
           # Walking up, the last to be seen is the first to use it.
           found[operand] = mine
+    for op in ops.values():            # used by none: of who made it
+      if not found[op.id]:
+        found[op.id] = next(
+            (found[o] for o in op.operands if found.get(o)), "")
     return found
 
   def _scope(self, name: str) -> str:

@@ -744,5 +744,157 @@ def _line_of_costs(a: hlo.Cost, b: hlo.Cost,
       b.uncounted)
 
 
+# Which setup to take.
+
+# Slices that can be had, from small to large.
+_SLICES = {
+    "v5e": "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
+    "v6e": "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
+    "v5p": "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8",
+    "tpu7x": "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8",
+    "h100": "1 2 4 8", "h200": "1 2 4 8",
+}
+
+
+def meshes(config: Config, count: int, rows: int
+           ) -> list[tuple[tuple[str, int], ...]]:
+  """All ways to spread a model over so many devices, each with a share.
+
+  Most are spread over heads and experts first, for that takes least memory.
+  """
+  found = []
+  for tensor in range(count, 0, -1):
+    if count % tensor or config.kv_heads % tensor or config.mlp % tensor:
+      continue
+    rest = count // tensor
+    for expert in range(rest, 0, -1):
+      if rest % expert or (expert > 1 and (
+          not config.experts or config.experts % expert)):
+        continue
+      data = rest // expert
+      if rows % data == 0:
+        sizes = (("data", data), ("expert", expert), ("tensor", tensor))
+        found.append(tuple((a, n) for a, n in sizes if n > 1)
+                     or (("tensor", 1),))
+  return found
+
+
+def default_mesh(config: Config, topology: str, rows: int
+                 ) -> tuple[tuple[str, int], ...]:
+  """The mesh over all devices that takes least memory.
+
+  Raises:
+    InputError: there is none.
+  """
+  count = len(devices(topology))
+  found = meshes(config, count, rows)
+  if not found:
+    raise InputError(
+        f"no mesh spreads {config.kv_heads} key/value heads and {rows} rows "
+        f"over the {count} devices of {topology}; name one with --mesh, or "
+        f"ask for {count} rows")
+  return found[0]
+
+
+def estimate(setup: Setup) -> float:
+  """Bytes of weights and cache on a device, counted by hand."""
+  config, sizes = setup.config, dict(setup.mesh)
+  mesh = jax.sharding.AbstractMesh(
+      tuple(sizes.get(axis, 1) for axis in sharding.MESH_AXES),
+      sharding.MESH_AXES)
+  weights = 0
+  for leaf in jax.tree.leaves(Transformer(config, abstract_source(
+      jnp.dtype(setup.dtype), mesh))):
+    weights += _bytes_on_a_device(leaf)
+  rows = setup.rows // sizes.get("data", 1)
+  heads = config.kv_heads // sizes.get("tensor", 1)
+  slots = sum(min(window or setup.capacity, setup.capacity)
+              if setup.cache.startswith("window") else setup.capacity
+              for window in config.windows)
+  width = jnp.dtype(setup.cache_dtype or setup.dtype).itemsize
+  return weights + 2.0 * rows * heads * config.head_size * slots * width
+
+
+def changes(setup: Setup) -> list[tuple[str, Setup]]:
+  """What might make a setup fit, the gentlest first, and in what words."""
+  found: list[tuple[str, Setup]] = []
+
+  def change(words: str, **fields: Any) -> None:
+    found.append((words, dataclasses.replace(setup, **fields)))
+
+  config = setup.config
+  if setup.dtype == "float32":
+    change("weights in bfloat16", dtype="bfloat16")
+  for mesh in meshes(config, len(devices(setup.topology)), setup.rows):
+    if mesh != setup.mesh:
+      change("--mesh=" + ",".join(f"{a}={n}" for a, n in mesh), mesh=mesh)
+  capacity = setup.capacity // 2
+  while capacity >= 256:
+    change(f"--capacity={capacity}", capacity=capacity,
+           prompt=min(setup.prompt, capacity // 2))
+    capacity //= 2
+  rows = setup.rows // 2
+  while rows and rows % dict(setup.mesh).get("data", 1) == 0:
+    change(f"--rows={rows}", rows=rows)
+    rows //= 2
+  kind, _, shape = setup.topology.partition(":")
+  slices = _SLICES.get(kind, "").split()
+  larger = slices[slices.index(shape) + 1:] if shape in slices else []
+  for other, shapes in [(kind, larger)] + [
+      (k, s.split()) for k, s in _SLICES.items()
+      if k not in (kind, "h100", "h200")]:
+    for shape in shapes:
+      topology = f"{other}:{shape}"
+      for mesh in meshes(config, math.prod(map(int, shape.split("x"))) * (
+          2 if other == "tpu7x" else 1), setup.rows)[:1]:
+        change(f"--topology={topology} --mesh="
+               + ",".join(f"{a}={n}" for a, n in mesh),
+               topology=topology, mesh=mesh)
+  return found
+
+
+def remedies(setup: Setup, count: int = 3, **how: Any
+             ) -> list[tuple[str, Plan]]:
+  """Changes that make a setup fit, each compiled and so proven.
+
+  Args:
+    count: so many at most, each of another sort.
+    how: see `make`.
+  """
+  found: list[tuple[str, Plan]] = []
+  sorts: set[str] = set()
+  for words, changed in changes(setup):
+    sort = words.partition("=")[0] + changed.topology.partition(":")[0]
+    if sort in sorts:
+      continue
+    room = capacity_of(changed.topology)
+    # What is tight by hand is too much with what programs need beside it.
+    if room is None or 1.02 * estimate(changed) > room:
+      continue
+    plan = make(changed, **how)
+    if plan.fits:
+      sorts.add(sort)
+      found.append((words, plan))
+    if len(found) == count:
+      break
+  return found
+
+
+def sweep(setup: Setup, topologies: Sequence[str], **how: Any) -> list[Plan]:
+  """The decoding loop of a setup on all meshes of some topologies.
+
+  What weights and cache alone are too much for is left out.
+  """
+  plans = []
+  for topology in topologies:
+    room = capacity_of(topology)
+    for mesh in meshes(setup.config, len(devices(topology)), setup.rows):
+      some = dataclasses.replace(setup, topology=topology, mesh=mesh)
+      if room is not None and estimate(some) > room:
+        continue
+      plans.append(make(some, ("decode",), **how))
+  return plans
+
+
 __all__ = ["Blueprint", "Plan", "Program", "Setup", "devices", "make",
            "placed", "programs", "read_config", "size"]

@@ -132,7 +132,7 @@ def define_adapter_flag(values: flags.FlagValues) -> None:
 def define_place_flags(values: flags.FlagValues) -> None:
   """Defines the flags that say where programs lie and run."""
   flags.DEFINE(
-    _Pairs(int, "data=1,tensor=2"),
+    Pairs(int, "data=1,tensor=2"),
     "mesh",
     None,
     "devices along each mesh axis, as data=1,tensor=2",
@@ -245,7 +245,7 @@ def define_sampling_flags(values: flags.FlagValues) -> None:
   switch("ignore_eos", None, "decode past end tokens")
   switch("logprobs", None, "report the log-probability of every token")
   flags.DEFINE(
-    _Pairs(float, "15=-100,22=2.5", key=int),
+    Pairs(float, "15=-100,22=2.5", key=int),
     "logit_bias",
     None,
     "added to logits, as TOKEN=BIAS,TOKEN=BIAS",
@@ -258,7 +258,7 @@ def define_sampling_flags(values: flags.FlagValues) -> None:
     flag_values=values,
   )
   flags.DEFINE(
-    _Integers(),
+    Integers(),
     "stop_token_ids",
     None,
     "token ids that end the answer, as 1,2",
@@ -405,7 +405,7 @@ def _help(
   return "\n".join(lines)
 
 
-class _Pairs(flags.ArgumentParser):
+class Pairs(flags.ArgumentParser):
   """Reads KEY=VALUE,KEY=VALUE, or a mapping from a config file."""
 
   def __init__(
@@ -431,7 +431,7 @@ class _Pairs(flags.ArgumentParser):
     return "pairs"
 
 
-class _Integers(flags.ArgumentParser):
+class Integers(flags.ArgumentParser):
   """Reads 1,2,3, or a sequence from a config file."""
 
   def parse(self, argument: Any) -> tuple[int, ...]:
