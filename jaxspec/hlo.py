@@ -278,6 +278,10 @@ class _Reader:
     found: dict[str, str] = {}
     for op in reversed(ops.values()):
       own = self._scope(op.name)
+      if not own and op.opcode == "fusion":
+        inside = map(self._scope, (
+            o.name for o in self.computations[op.calls["calls"]].values()))
+        own = next(filter(None, inside), "")
       mine = own or found.get(op.id, "") or outer
       found[op.id] = mine
       for operand in op.operands:

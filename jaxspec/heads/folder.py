@@ -73,7 +73,7 @@ def load(folder: str | pathlib.Path, model: Transformer, kind: str) -> Stored:
     InputError: they are of another kind or for another model, or a file is
       not as its config says.
   """
-  if isinstance(model.embedding[...], jax.ShapeDtypeStruct):
+  if isinstance(model.embedding.get_raw_value(), jax.ShapeDtypeStruct):
     config = belonging.settings_of(folder, kind, writer="jaxspec.heads.save",
                                    settings=Settings)
     return _stored(kind, config, model, _shapes(model), None)
@@ -106,8 +106,8 @@ def _stored(kind: str, config: Settings, model: Transformer, source: Source,
 
 
 def _shapes(model: Transformer) -> Source:
-  placed = model.embedding[...].sharding
-  return abstract_source(dtype_of(model), placed and placed.mesh)
+  like = model.embedding.get_raw_value()
+  return abstract_source(like.dtype, like.sharding and like.sharding.mesh)
 
 
 __all__ = ["Stored", "fingerprint", "load", "note", "save"]
