@@ -28,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxspec import (
   caches,
   drafters,
+  executables,
   hlo,
   loop,
   roofline,
@@ -36,10 +37,11 @@ from jaxspec import (
 )
 from jaxspec.base import DecodeState
 from jaxspec.errors import InputError, nearest
-from jaxspec.generator import BIASES, CHUNK, STOPS
+from jaxspec.generator import BIASES, CHUNK, STOPS, buckets
 from jaxspec.kernels import choose, on
 from jaxspec.models import architectures, families
 from jaxspec.models.transformer import Config, Transformer, abstract_source
+from jaxspec.options import Options, as_request
 
 SCOPES = ("propose", "score", "verify", "commit", "observe")
 _GIB = 1 << 30
@@ -49,7 +51,7 @@ _GPUS = {"h100": ("NVIDIA H100 80GB HBM3", 3352320000000, 84929347584),
 # Heads as they are where none are named, by drafter.
 _UNTRAINED: dict[str, tuple[str, Callable[[Config], dict[str, Any]]]] = {
     "medusa": ("medusa", lambda c: dict(heads=4, blocks=1)),
-    "hydra": ("hydra", lambda c: dict(heads=4, blocks=1)),
+    "hydra": ("hydra", lambda c: dict(heads=4, rank=c.width)),
     "early_exit": ("exit", lambda c: dict(
         layer=max(c.depth // 3, 1), mlp=c.width, attention=False)),
     "eagle": ("eagle", lambda c: dict(
@@ -250,13 +252,15 @@ class Blueprint:
     self.model = Transformer(config, abstract_source(dtype, mesh))
     self.drafter = self._make_drafter(setup.drafter)
     kind, options = caches.parse(setup.cache)
-    new_cache = functools.partial(
-        self.model.init_cache, kind, setup.rows, setup.capacity,
-        self.cache_dtype, **options)
+
+    def begin(model: Any, drafter: Any) -> DecodeState:
+      cache = model.init_cache(kind, setup.rows, setup.capacity,
+                               self.cache_dtype, **options)
+      return loop.init(model, drafter, cache, capacity=setup.capacity,
+                       stops=STOPS, biases=BIASES)
+
     with self.here():
-      self.state: DecodeState = placed(lambda: loop.init(
-          self.model, self.drafter, new_cache(), capacity=setup.capacity,
-          stops=STOPS, biases=BIASES))
+      self.state: DecodeState = placed(begin, self.model, self.drafter)
 
   def here(self) -> Any:
     """Within, programs are for the devices of this plan."""
@@ -338,11 +342,12 @@ class Blueprint:
         shape, dtype, sharding=NamedSharding(self.mesh, PartitionSpec()))
 
 
-def placed(make: Callable[[], Any]) -> Any:
+def placed(make: Callable[..., Any], *given: Any) -> Any:
   """The shapes of what `make` gives, where a compiled program puts them."""
   return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      jax.eval_shape(make), jax.jit(make).lower().compile().output_shardings)
+      jax.eval_shape(make, *given),
+      jax.jit(make).lower(*given).compile().output_shardings)
 
 
 def size(tree: Any) -> int:
@@ -351,6 +356,8 @@ def size(tree: Any) -> int:
 
 
 def _bytes_on_a_device(x: Any) -> int:
+  if not hasattr(x, "shape"):
+    return 4                     # a number
   shape = x.shape
   if isinstance(getattr(x, "sharding", None), NamedSharding):
     shape = x.sharding.shard_shape(shape)
@@ -665,8 +672,9 @@ def capacity_of(topology: str) -> float | None:
 class _compiler_settings:
   """Programs for devices that are not there cannot be read back."""
 
-  def __init__(self, topology: str):
-    self._absent = not topology.startswith("cpu")
+  def __init__(self, topology: str, always: bool = False):
+    """Args: always: nor can those that are written, once they were."""
+    self._absent = always or not topology.startswith("cpu")
 
   def __enter__(self) -> None:
     self._cache = jax.config.jax_enable_compilation_cache
@@ -742,6 +750,90 @@ def _line_of_costs(a: hlo.Cost, b: hlo.Cost,
       [dataclasses.replace(c, times=max(line(few.get(c, 0), more.get(c, 0)), 0))
        for c in {**few, **more}],
       b.uncounted)
+
+
+# Programs for later.
+
+
+def keep(setup: Setup, folder: str | pathlib.Path, *, workers: int = 1
+         ) -> dict[str, float]:
+  """Compiles the programs of a `Generator` and writes them for it.
+
+  Prompts of one bucket, the one that holds `setup.prompt`, are provided for:
+  one of them, and as many as there are rows.
+
+  Returns:
+    The seconds that each took to compile.
+
+  Raises:
+    InputError: the compiler refuses one.
+  """
+  blueprint = Blueprint(setup)
+  model, drafter, state = blueprint.model, blueprint.drafter, blueprint.state
+  mesh, rows = blueprint.mesh, setup.rows
+  bucket = next(b for b in buckets(setup.capacity) if b >= setup.prompt)
+  known = executables.identity(
+      setup.config, mesh, drafter=setup.drafter, cache=setup.cache,
+      kernels=setup.kernels, verifier=getattr(
+          blueprint.verifier, "label", getattr(
+              blueprint.verifier, "__name__", type(blueprint.verifier).__name__
+          )), rows=rows, capacity=setup.capacity,
+      cache_dtype=blueprint.cache_dtype.name, dtype=setup.dtype,
+      tree=executables.outline(drafter))
+  made: dict[str, Any] = {}
+  seconds: dict[str, float] = {}
+
+  def build(items: dict[str, tuple[Any, tuple[Any, ...]]]) -> list[Any]:
+    """Compiles what is lowered; its key is that of its arguments."""
+    def one(item: tuple[str, tuple[Any, tuple[Any, ...]]]) -> Any:
+      name, (lowered, arguments) = item
+      start = time.perf_counter()
+      try:
+        compiled = lowered.compile()
+      except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+          raise
+        raise InputError(f"{name} does not fit {setup.topology}: "
+                         f"{_refusal(e)}; plan without --save says what "
+                         "would") from e
+      made[executables.key(name.split()[0], arguments)] = compiled
+      seconds[name] = time.perf_counter() - start
+      return compiled
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+      return list(pool.map(one, items.items()))
+
+  array, sizes = blueprint.array, sorted({1, rows})
+  with _compiler_settings(setup.topology, always=True), blueprint.here():
+    prompts = {n: (model, array((n, bucket), jnp.int32),
+                   array((n,), jnp.int32)) for n in sizes}
+    loops = (model, drafter, state, array((), jnp.int32), array((), bool))
+    free = state, array((rows,), bool)
+    first: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        f"prefill of {n}": (loop.prefill.lower(
+            args[0], blueprint.taps, *args[1:], chunk=CHUNK,
+            dtype=blueprint.cache_dtype), args)
+        for n, args in prompts.items()}
+    first["decode"] = (loop.decode.lower(
+        model, drafter, blueprint.verifier, *loops[2:]), loops)
+    first["release"] = loop.release.lower(*free), free
+    done = build(first)
+    second: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    for (n, args), compiled in zip(prompts.items(), done):
+      prefix = jax.tree.map(
+          lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+          loop.prefill.eval_shape(
+              args[0], blueprint.taps, *args[1:], chunk=CHUNK,
+              dtype=blueprint.cache_dtype), compiled.output_shardings)
+      request = jax.tree.map(
+          lambda x: array(x.shape, x.dtype), as_request(
+              [Options()] * n, [1] * n, (), vocab=setup.config.vocab,
+              stops=STOPS, biases=BIASES))
+      given = (model, drafter, state, array((n,), jnp.int32), prefix, request)
+      second[f"insert of {n}"] = loop.insert.lower(
+          model, drafter, blueprint.verifier, *given[2:]), given
+    build(second)
+  executables.save(folder, known, made)
+  return seconds
 
 
 # Which setup to take.
@@ -896,5 +988,5 @@ def sweep(setup: Setup, topologies: Sequence[str], **how: Any) -> list[Plan]:
   return plans
 
 
-__all__ = ["Blueprint", "Plan", "Program", "Setup", "devices", "make",
-           "placed", "programs", "read_config", "size"]
+__all__ = ["Blueprint", "Plan", "Program", "Setup", "devices", "keep",
+           "make", "placed", "programs", "read_config", "size"]

@@ -220,6 +220,13 @@ def define_generator_flags(values: flags.FlagValues) -> None:
   )
   define_place_flags(values)
   flags.DEFINE_string(
+    "executables",
+    None,
+    "a folder of compiled programs, as plan --save writes it; what is for "
+    "another setup is compiled. It runs: use your own alone",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
     "profile_dir", None, "write an XProf trace there", flag_values=values
   )
 
@@ -460,11 +467,21 @@ def load_generator(settings: types.SimpleNamespace) -> Generator:
   from jaxspec import first_tokens
   from jaxspec.generator import Generator
 
-  more = {}
+  more: dict[str, Any] = {}
   if settings.first_tokens:
     more["first_tokens"] = first_tokens.load(
       settings.first_tokens, settings.first_token_share
     )
+  if settings.executables is not None:
+    folder = os.path.expanduser(settings.executables)
+    if not os.path.isdir(folder):
+      raise InputError(f"--executables={settings.executables} is no folder; "
+                       "name one that plan --save wrote")
+    problem = _not_private(folder)
+    if problem:
+      raise InputError(f"--executables={settings.executables} {problem}, and "
+                       "programs are run; use a folder that is yours alone")
+    more["executables"] = folder
   with progress("loading") as on_progress:
     generator = Generator.load(
       settings.model,
@@ -481,6 +498,8 @@ def load_generator(settings: types.SimpleNamespace) -> Generator:
       on_progress=on_progress,
       **more,
     )
+  if more.get("executables") and generator.executables_problem:
+    say(f"programs are compiled: {generator.executables_problem}")
   if verifier.partition(":")[0] == "simulated":
     say("warning: acceptance is simulated; the text is not the model's")
   return generator

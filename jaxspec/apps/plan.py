@@ -123,6 +123,12 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_integer(
     "workers", 2, "programs compiled at a time", flag_values=values
   )
+  string(
+    "save",
+    None,
+    "a folder for the compiled programs, which decode --executables=FOLDER "
+    "loads on such devices; prompts of --prompt tokens are provided for",
+  )
   string("json", None, "a file for all figures")
   string("plot", None, "a file for a picture: memory, and time of a step")
 
@@ -150,6 +156,8 @@ def main(settings: types.SimpleNamespace) -> int:
   from jaxspec import planning
 
   setups = _setups(settings)
+  if settings.save:
+    return _save(settings, setups)
   how = dict(workers=settings.workers, scaled=settings.few_layers)
   if settings.sweep:
     plans = []
@@ -172,6 +180,20 @@ def main(settings: types.SimpleNamespace) -> int:
   if settings.plot:
     plot(settings.plot, settings.model, plans, acceptance)
   return 0 if any(plan.fits for plan in plans) else 1
+
+
+def _save(settings: types.SimpleNamespace, setups: Sequence[Any]) -> int:
+  """Writes the programs of one setup."""
+  from jaxspec import planning
+
+  if len(setups) != 1 or settings.sweep or settings.few_layers:
+    raise InputError("--save is for one topology and one number of rows, "
+                     "without --sweep and --few_layers")
+  seconds = planning.keep(setups[0], settings.save, workers=settings.workers)
+  for name, took in seconds.items():
+    print(f"{name}: compiled in {took:.1f} s")
+  print(f"{len(seconds)} programs are in {settings.save}")
+  return 0
 
 
 def _setups(settings: types.SimpleNamespace) -> list[Any]:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E501 - lines of a compiler
 """What is counted in compiled programs is what they were written to do."""
 
 import jax

@@ -205,16 +205,16 @@ def test_a_missing_compiler_is_named(monkeypatch):
 
 def test_what_makes_it_fit_is_compiled(monkeypatch):
   """With devices of a megabyte, and a model of three quarters of one."""
-  monkeypatch.setattr(planning, "capacity_of", lambda topology: 1.0e6)
+  monkeypatch.setattr(planning, "capacity_of", lambda topology: 1.1e6)
   monkeypatch.setattr(planning, "_SLICES", {"cpu": "1 2"})
   config = tiny_config(width=64, mlp=128, vocab=128)
-  some = setup(config, rows=8, capacity=512)
-  assert planning.estimate(some) > 1e6
+  some = setup(config, rows=2, capacity=1024)
+  assert planning.estimate(some) > 1.1e6
   made = []
 
   def make(changed):
     made.append(changed)
-    return planning.Plan(changed, "cpu", 1e6, planning.estimate(changed), 0, 0,
+    return planning.Plan(changed, "cpu", 1.1e6, planning.estimate(changed), 0, 0,
                          0, 0, 1, 0, {})
   monkeypatch.setattr(planning, "make", make)
   found = planning.remedies(some)
