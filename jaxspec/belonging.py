@@ -151,13 +151,8 @@ def reading(folder: str | pathlib.Path, model: Transformer, kind: str, *,
     InputError: it is of another kind or for another model, or a file is not as
       its config says.
   """
-  from jaxspec.checkpoint import hf  # pulls in file formats
-  folder, path = pathlib.Path(folder), _config_of(folder, writer)
-  config = settings(path, hf.read_json(path))
-  if config.get("kind") != kind:
-    raise InputError(f"{path} is of kind {config.get('kind')!r}; pass a folder "
-                     f"of kind {kind!r}")
-  config.integer("format", _FORMAT, _FORMAT)
+  folder = pathlib.Path(folder)
+  config = settings_of(folder, kind, writer=writer, settings=settings)
   made_for, here = config.get("model"), fingerprint(model)
   if made_for != here:
     raise InputError(f"{folder} was made for the model {made_for!r} and this "
@@ -165,6 +160,24 @@ def reading(folder: str | pathlib.Path, model: Transformer, kind: str, *,
   with _open(folder / WEIGHTS) as file:
     yield config, file
     file.refuse_unread(noun)
+
+
+def settings_of(folder: str | pathlib.Path, kind: str, *, writer: str,
+                settings: Callable[[pathlib.Path, dict], Any] = Settings
+                ) -> Any:
+  """What the config of a folder of this kind says.
+
+  Raises:
+    InputError: it is of another kind.
+  """
+  from jaxspec.checkpoint import hf  # pulls in file formats
+  path = _config_of(folder, writer)
+  config = settings(path, hf.read_json(path))
+  if config.get("kind") != kind:
+    raise InputError(f"{path} is of kind {config.get('kind')!r}; pass a folder "
+                     f"of kind {kind!r}")
+  config.integer("format", _FORMAT, _FORMAT)
+  return config
 
 
 class File:

@@ -47,7 +47,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 CHUNK = 512
 _BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, CHUNK)
 _DTYPES = ("bfloat16", "float32")
-_STOPS, _BIASES = 16, 64
+STOPS, BIASES = 16, 64
 PREFILLS = ("chunk_major", "layer_major")
 
 
@@ -74,6 +74,7 @@ class Generator:
                first_tokens: FirstTokens | None = None,
                mesh: jax.sharding.Mesh | None = None,
                kernels: str | None = None,
+               executables: str | None = None,
                eos_ids: Sequence[int] = (),
                defaults: Mapping[str, Any] | None = None,
                adapter: str = ""):
@@ -95,6 +96,8 @@ class Generator:
         the prompt is not read yet.
       mesh: where the model lies.
       kernels: what programs are made of, see `jaxspec.kernels.choose`.
+      executables: a folder of compiled programs, see `jaxspec.executables`;
+        where they are for another setup, `executables_problem` says so.
       eos_ids: the model's own end tokens.
       defaults: the checkpoint's generation config.
       adapter: the name of what was merged into the model, for statistics.
@@ -168,7 +171,12 @@ class Generator:
         **options)
     # Refuses sizes that do not fit, before anything is compiled.
     jax.eval_shape(lambda: jax.tree.leaves(new_cache()))
-    self._buckets = _buckets(self.capacity)
+    self._buckets = buckets(self.capacity)
+    # All programs that need no step by step: those of a folder, or jitted.
+    self._programs: Any = loop
+    self.executables_problem = ""
+    if executables is not None:
+      self._take_executables(executables, drafter, cache, kernels)
     self._meter: Meter | None = None
     self._work: str | None = None
     if self.drafter.unmeasured:
@@ -179,8 +187,25 @@ class Generator:
     self.drift = DriftMonitor()
     self._init = jax.jit(lambda: loop.init(
         self.model, self.drafter, new_cache(), capacity=self.capacity,
-        stops=_STOPS, biases=_BIASES))
+        stops=STOPS, biases=BIASES))
     self._state: DecodeState | None = None
+
+  def _take_executables(self, folder: str, drafter: str | Drafter, cache: str,
+                        kernels: str | None) -> None:
+    """Takes what programs there are in a folder."""
+    if self._loop is not loop or not isinstance(drafter, str):
+      raise InputError("executables are for a drafter that is named, other "
+                       f"than layer_stream, got {self._drafter_name}; leave "
+                       "executables out")
+    from jaxspec import executables  # pulls in what loads programs
+    self._programs = self._loop = executables.Programs(
+        folder, executables.identity(
+            self.config, self.mesh, drafter=drafter, cache=cache,
+            kernels=kernels, verifier=_name(self.verifier), rows=self.rows,
+            capacity=self.capacity, cache_dtype=self.cache_dtype.name,
+            dtype=self.model.embedding[...].dtype.name,
+            tree=executables.outline(self.drafter)), self.mesh)
+    self.executables_problem = self._programs.problem
 
   @classmethod
   def load(cls, model: str, *, dtype: str | None = None,
@@ -323,7 +348,7 @@ class Generator:
           yield from answer.guess(drafted)
       self.drift.add(answer.completion.stats)
       with self._here():
-        self._state = loop.release(state, np.ones(self.rows, bool))
+        self._state = self._programs.release(state, np.ones(self.rows, bool))
 
   def _show(self, answer: Answer, state: DecodeState
             ) -> Yielding[TextEvent, None, DecodeState]:
@@ -379,7 +404,7 @@ class Generator:
     state, self._state = self._state, None
     if state is None:
       # Nothing is released yet; but when it is, nobody shall wait for XLA.
-      state = loop.release(self._init(), np.zeros(self.rows, bool))
+      state = self._programs.release(self._init(), np.zeros(self.rows, bool))
     return state
 
   def _decode(self, state: DecodeState, steps: int, wait: bool) -> DecodeState:
@@ -448,7 +473,7 @@ class Generator:
         raise InputError(f"prompt {index}: stop strings need a tokenizer and "
                          "the checkpoint has none; use stop_token_ids")
       as_request([option], [len(ids)], self.eos_ids, vocab=self.config.vocab,
-                 stops=_STOPS, biases=_BIASES)
+                 stops=STOPS, biases=BIASES)
       answers.append(Answer(index, text, ids, option, self.tokenizer,
                             self.eos_ids, draft_length=self.drafter.height,
                             verifier=_name(self.verifier),
@@ -503,7 +528,8 @@ class Generator:
                  for a in group]
       room = state.seq.cache.fits(longest)
       if room < len(group):
-        state = loop.release(state, np.isin(np.arange(self.rows), free))
+        state = self._programs.release(
+            state, np.isin(np.arange(self.rows), free))
         room = state.seq.cache.fits(longest)
       waiting.extendleft(reversed(group[room:]))
       group = group[:room]
@@ -535,8 +561,9 @@ class Generator:
       prefix = self._loop.prefill(
           self.model, self.drafter.taps, tokens, lengths, chunk=CHUNK,
           dtype=self.cache_dtype)
-      state = loop.insert(self.model, self.drafter, self.verifier, state, rows,
-                          prefix, request)
+      state = self._programs.insert(
+          self.model, self.drafter, self.verifier, state, rows, prefix,
+          request)
     jax.block_until_ready(state)
     for answer in answers:
       answer.begun(time.perf_counter() - start)
@@ -554,7 +581,7 @@ class Generator:
       row[:len(answer.prompt_ids)] = answer.prompt_ids
     lengths = [len(a.prompt_ids) for a in padded]
     request = as_request([a.options for a in padded], lengths, self.eos_ids,
-                         vocab=self.config.vocab, stops=_STOPS, biases=_BIASES)
+                         vocab=self.config.vocab, stops=STOPS, biases=BIASES)
     return (np.array([*rows, *[self.rows] * spare], np.int32),  # dropped
             tokens, np.array(lengths, np.int32), request)
 
@@ -587,7 +614,7 @@ class Generator:
           on_completion(answer.index, answer.completion)
     free = np.array([answer is None for answer in active])
     if abandoned.any():
-      state = loop.release(state, free)
+      state = self._programs.release(state, free)
     return state
 
 
@@ -639,7 +666,7 @@ class _View:
     self.counters = types.SimpleNamespace(**counters)
 
 
-def _buckets(capacity: int) -> list[int]:
+def buckets(capacity: int) -> list[int]:
   """Prompt lengths that programs are compiled for, up to one that is enough.
 
   Above `CHUNK` they double, so that they stay multiples of it.

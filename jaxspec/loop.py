@@ -212,14 +212,19 @@ def release(state: DecodeState, rows: Bool[Array, "B"]) -> DecodeState:
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
-def _propose(model, drafter, state):
+def propose(model: Model, drafter: Drafter, state: DecodeState
+            ) -> tuple[Proposal, DecodeState]:
+  """The first half of a step."""
   proposal, state = stages.propose(model, drafter, state)
   return proposal, pin(state)
 
 
 @functools.partial(jax.jit, static_argnames=("verifier",),
                    donate_argnames=("state",))
-def _settle(model, drafter, verifier, state, proposal):
+def settle(model: Model, drafter: Drafter, verifier: Verifier,
+           state: DecodeState, proposal: Proposal
+           ) -> tuple[DecodeState, Emission]:
+  """The other half: scores, verifies and commits a proposal."""
   state, emission = stages.settle(model, drafter, verifier, state, proposal)
   return pin(state), emission
 
@@ -282,11 +287,11 @@ def stream(model: Model, drafter: Drafter, verifier: Verifier,
         walk, emission, more = _deepen(model, drafter, state, walk, depth)
       proposal, state = _close(drafter, state, walk)
     else:
-      proposal, state = _propose(model, drafter, state)
+      proposal, state = propose(model, drafter, state)
       if proposal.tree.size > 1:
         yield provisional(state.seq, state.request, proposal,
                           state.done), state
-    state, emission = _settle(model, drafter, verifier, state, proposal)
+    state, emission = settle(model, drafter, verifier, state, proposal)
     yield emission, state
 
 
@@ -334,5 +339,5 @@ def pin(state: DecodeState) -> DecodeState:
   return jax.tree.map(place, state)
 
 
-__all__ = ["decode", "init", "insert", "leading", "pin", "prefill",
-           "provisional", "release", "stream"]
+__all__ = ["decode", "init", "insert", "leading", "pin", "prefill", "propose",
+           "provisional", "release", "settle", "stream"]

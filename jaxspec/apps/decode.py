@@ -419,6 +419,7 @@ _NOT_IDENTITY = (
   "rows",
   "profile_dir",
   "compilation_cache_dir",
+  "executables",
   "prompts",
   "emit",
   "hold_until_settled",

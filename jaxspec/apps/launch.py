@@ -132,7 +132,7 @@ def define_adapter_flag(values: flags.FlagValues) -> None:
 def define_place_flags(values: flags.FlagValues) -> None:
   """Defines the flags that say where programs lie and run."""
   flags.DEFINE(
-    _Pairs(int, "data=1,tensor=2"),
+    Pairs(int, "data=1,tensor=2"),
     "mesh",
     None,
     "devices along each mesh axis, as data=1,tensor=2",
@@ -220,6 +220,13 @@ def define_generator_flags(values: flags.FlagValues) -> None:
   )
   define_place_flags(values)
   flags.DEFINE_string(
+    "executables",
+    None,
+    "a folder of compiled programs, as plan --save writes it; what is for "
+    "another setup is compiled. It runs: use your own alone",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
     "profile_dir", None, "write an XProf trace there", flag_values=values
   )
 
@@ -245,7 +252,7 @@ def define_sampling_flags(values: flags.FlagValues) -> None:
   switch("ignore_eos", None, "decode past end tokens")
   switch("logprobs", None, "report the log-probability of every token")
   flags.DEFINE(
-    _Pairs(float, "15=-100,22=2.5", key=int),
+    Pairs(float, "15=-100,22=2.5", key=int),
     "logit_bias",
     None,
     "added to logits, as TOKEN=BIAS,TOKEN=BIAS",
@@ -258,7 +265,7 @@ def define_sampling_flags(values: flags.FlagValues) -> None:
     flag_values=values,
   )
   flags.DEFINE(
-    _Integers(),
+    Integers(),
     "stop_token_ids",
     None,
     "token ids that end the answer, as 1,2",
@@ -405,7 +412,7 @@ def _help(
   return "\n".join(lines)
 
 
-class _Pairs(flags.ArgumentParser):
+class Pairs(flags.ArgumentParser):
   """Reads KEY=VALUE,KEY=VALUE, or a mapping from a config file."""
 
   def __init__(
@@ -431,7 +438,7 @@ class _Pairs(flags.ArgumentParser):
     return "pairs"
 
 
-class _Integers(flags.ArgumentParser):
+class Integers(flags.ArgumentParser):
   """Reads 1,2,3, or a sequence from a config file."""
 
   def parse(self, argument: Any) -> tuple[int, ...]:
@@ -460,11 +467,21 @@ def load_generator(settings: types.SimpleNamespace) -> Generator:
   from jaxspec import first_tokens
   from jaxspec.generator import Generator
 
-  more = {}
+  more: dict[str, Any] = {}
   if settings.first_tokens:
     more["first_tokens"] = first_tokens.load(
       settings.first_tokens, settings.first_token_share
     )
+  if settings.executables is not None:
+    folder = os.path.expanduser(settings.executables)
+    if not os.path.isdir(folder):
+      raise InputError(f"--executables={settings.executables} is no folder; "
+                       "name one that plan --save wrote")
+    problem = _not_private(folder)
+    if problem:
+      raise InputError(f"--executables={settings.executables} {problem}, and "
+                       "programs are run; use a folder that is yours alone")
+    more["executables"] = folder
   with progress("loading") as on_progress:
     generator = Generator.load(
       settings.model,
@@ -481,6 +498,8 @@ def load_generator(settings: types.SimpleNamespace) -> Generator:
       on_progress=on_progress,
       **more,
     )
+  if more.get("executables") and generator.executables_problem:
+    say(f"programs are compiled: {generator.executables_problem}")
   if verifier.partition(":")[0] == "simulated":
     say("warning: acceptance is simulated; the text is not the model's")
   return generator

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -15,7 +16,7 @@ from jaxspec.errors import InputError
 from jaxspec.heads.base import beside, dtype_of
 from jaxspec.heads.kinds import kinds
 from jaxspec.heads.settings import Calibration, Settings
-from jaxspec.models.transformer import Transformer
+from jaxspec.models.transformer import Source, Transformer, abstract_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,9 @@ def note(folder: str | pathlib.Path, calibration: Calibration) -> None:
 def load(folder: str | pathlib.Path, model: Transformer, kind: str) -> Stored:
   """Reads heads for `model`, onto its mesh and in its dtype.
 
+  Of a model of shapes alone (see `transformer.abstract_source`), heads are
+  shapes too, whichever model they were made for.
+
   Args:
     kind: of the heads, e.g. "medusa": a file of `jaxspec/heads`.
 
@@ -69,6 +73,10 @@ def load(folder: str | pathlib.Path, model: Transformer, kind: str) -> Stored:
     InputError: they are of another kind or for another model, or a file is
       not as its config says.
   """
+  if isinstance(model.embedding.get_raw_value(), jax.ShapeDtypeStruct):
+    config = belonging.settings_of(folder, kind, writer="jaxspec.heads.save",
+                                   settings=Settings)
+    return _stored(kind, config, model, _shapes(model), None)
   with belonging.reading(
       folder, model, kind, noun="heads", writer="jaxspec.heads.save",
       settings=Settings) as (config, file):
@@ -86,10 +94,20 @@ def load(folder: str | pathlib.Path, model: Transformer, kind: str) -> Stored:
       array = file.read(name, shape)
       return put(array.astype(wanted or dtype_of(model)), axes)
 
-    heads = kinds()[kind].read(model, source, config, tokens)
+    return _stored(kind, config, model, source, tokens)
+
+
+def _stored(kind: str, config: Settings, model: Transformer, source: Source,
+            tokens: Any) -> Stored:
+  heads = kinds()[kind].read(model, source, config, tokens)
   columns = getattr(heads, "count", 1)
   return Stored(heads, config.choices(columns), config.accuracy(columns),
                 config.calibration())
+
+
+def _shapes(model: Transformer) -> Source:
+  like = model.embedding.get_raw_value()
+  return abstract_source(like.dtype, like.sharding and like.sharding.mesh)
 
 
 __all__ = ["Stored", "fingerprint", "load", "note", "save"]

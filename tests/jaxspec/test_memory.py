@@ -18,15 +18,15 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxspec import drafters, layer_stream, loop, sharding
+from jaxspec import layer_stream, loop, sharding
 from jaxspec.caches.contiguous import ContiguousCache
 from jaxspec.heads import ExitHead
 from jaxspec.layer_stream import LayerStream
 from jaxspec.models.layers import Rope
-from jaxspec.models.transformer import Config, Transformer, abstract_source
+from jaxspec.models.transformer import Config, abstract_source
 from jaxspec.pipeline import Pipeline
+from jaxspec.planning import Blueprint, Setup, placed, size
 from jaxspec.verifiers.exact import exact
-from tests.jaxspec import batches
 
 SHARE = 0.02
 
@@ -48,28 +48,11 @@ LLAMA_3_8B = functools.partial(llama, vocab=128256, width=4096, heads=32,
 def compile_decode(config: Config, drafter: str, *, rows: int, capacity: int,
                    dtype, mesh, kind: str = "contiguous", cache_dtype=None):
   """The compiled loop, and how many bytes its state has on a device."""
-  model = Transformer(config, abstract_source(dtype, mesh))
-  drafter = drafters.parse(drafter, drafters.Target(model))
-
-  def make():
-    cache = model.init_cache(batches.cache_kind(kind), rows, capacity,
-                             cache_dtype or dtype)
-    return loop.init(model, drafter, cache, capacity=capacity, stops=16,
-                     biases=64)
-
-  with jax.set_mesh(mesh):
-    state = placed(make)
-    compiled = loop.decode.lower(
-        model, drafter, exact, state, scalar(jnp.int32, mesh),
-        scalar(bool, mesh)).compile()
-  return compiled, sum(map(_bytes_on_a_device, jax.tree.leaves(state)))
-
-
-def placed(make):
-  """The shapes of what `make` gives, where a compiled program puts them."""
-  return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      jax.eval_shape(make), jax.jit(make).lower().compile().output_shardings)
+  blueprint = Blueprint(Setup(
+      config, "", drafter=drafter, rows=rows, capacity=capacity,
+      dtype=jnp.dtype(dtype).name, cache=kind,
+      cache_dtype=jnp.dtype(cache_dtype or dtype).name), mesh)
+  return blueprint.lower("decode").compile(), size(blueprint.state)
 
 
 def scalar(dtype, mesh):
@@ -95,16 +78,7 @@ def compile_stream(config: Config, layers: tuple[int, ...], *, rows: int,
     compiled = layer_stream.decode.lower(
         pipeline, stream, exact, state, scalar(jnp.int32, mesh),
         scalar(bool, mesh)).compile()
-  return compiled, sum(map(_bytes_on_a_device, jax.tree.leaves(state)))
-
-
-def _bytes_on_a_device(x: jax.ShapeDtypeStruct) -> int:
-  count = 1
-  for size in x.sharding.shard_shape(x.shape):
-    count *= size
-  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-    return 8 * count
-  return x.dtype.itemsize * count
+  return compiled, size(state)
 
 
 def check(compiled, state_bytes: int) -> None:

@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles a model's programs for hardware that is not there, and counts.
+
+  python -m jaxspec plan --model=llama3-70b --topology=v6e:2x4 --rows=1,8,32
+  python -m jaxspec plan --model=qwen3-8b --topology=v5e:2x2,v6e:2x2 --sweep
+
+Neither weights nor devices are needed. It says whether the programs fit and by
+how much, what a step computes, moves and exchanges, how long that takes at
+least by the published figures of the chip, and what limits it.
+"""
+
+import json
+import os
+import types
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from jaxspec.apps import launch
+from jaxspec.errors import InputError
+
+if TYPE_CHECKING:
+  from jaxspec.planning import Plan
+else:  # Imported when needed, so that --help loads no jax.
+  Plan = Any
+
+# A compiler for TPUs must not look for one, nor lock it.
+_WITHOUT_DEVICE = {
+  "JAX_PLATFORMS": "cpu",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_LOG_DIR": "disabled",
+  "TPU_MIN_LOG_LEVEL": "3",
+  "TPU_STDERR_LOG_LEVEL": "3",
+}
+_GIB, _MIB = 1 << 30, 1 << 20
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  """Defines the flags of this command."""
+  string = lambda *args: flags.DEFINE_string(*args, flag_values=values)
+  string(
+    "model",
+    "smollm2-135m",
+    "a published architecture such as llama3-70b, a folder, a GGUF file or a "
+    "hub id; its config alone is read",
+  )
+  flags.DEFINE_list(
+    "topology",
+    None,
+    "devices, as v5e:4x4, v6e:2x4, v5p:2x2x1, h100:8 or cpu:8; several for "
+    "several plans",
+    flag_values=values,
+  )
+  flags.DEFINE(
+    launch.Pairs(int, "data=1,tensor=2"),
+    "mesh",
+    None,
+    "devices along each mesh axis, as data=1,tensor=2; by default the mesh "
+    "over all devices that takes least memory",
+    flag_values=values,
+  )
+  string("drafter", "autoregressive", "as for decode; heads that are not named "
+         "are taken to be of the usual size")
+  string("verifier", "exact", "as for decode")
+  flags.DEFINE(
+    launch.Integers(), "rows", (1,), "prompts decoded side by side; several "
+    "for a plan each, as 1,8,32", flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "capacity", 2048, "tokens of a prompt and its answer together",
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "prompt", 512, "tokens of a prompt, for the time it takes to read",
+    flag_values=values,
+  )
+  flags.DEFINE_enum(
+    "dtype", "bfloat16", ["bfloat16", "float32"], "of the weights",
+    flag_values=values,
+  )
+  string("cache", "contiguous", "as for decode")
+  string("cache_dtype", None, "of keys and values; by default the weights'")
+  string("kernels", None, "as for decode")
+  flags.DEFINE_list(
+    "acceptance",
+    ["0.6"],
+    "the rate at which a draft is accepted behind accepted ones; or, several "
+    "numbers, the shares of passes that accept something at each depth, as "
+    "decode reports them",
+    flag_values=values,
+  )
+  flags.DEFINE_boolean(
+    "few_layers",
+    False,
+    "compile a few layers, and count from them what all will take: seconds in "
+    "place of minutes",
+    flag_values=values,
+  )
+  flags.DEFINE_boolean(
+    "sweep",
+    False,
+    "try all meshes of each topology and rank them by what a token costs",
+    flag_values=values,
+  )
+  flags.DEFINE(
+    launch.Pairs(float, "v5e=1.2,v6e=2.7"),
+    "price",
+    None,
+    "what an hour of one chip costs, for --sweep",
+    flag_values=values,
+  )
+  flags.DEFINE_boolean(
+    "remedies",
+    True,
+    "where it does not fit, look for three changes that make it fit and "
+    "compile each",
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "workers", 2, "programs compiled at a time", flag_values=values
+  )
+  string(
+    "save",
+    None,
+    "a folder for the compiled programs, which decode --executables=FOLDER "
+    "loads on such devices; prompts of --prompt tokens are provided for",
+  )
+  string("json", None, "a file for all figures")
+  string("plot", None, "a file for a picture: memory, and time of a step")
+
+
+def main(settings: types.SimpleNamespace) -> int:
+  """Plans what the settings ask for; 0 if anything fits."""
+  if not settings.topology:
+    raise InputError("--topology is missing; name one such as v5e:4x4, "
+                     "v6e:2x4 or h100:8")
+  if settings.workers < 1 or min(settings.rows, default=0) < 1:
+    raise InputError("--rows and --workers must be at least 1")
+  if settings.sweep and settings.mesh:
+    raise InputError("--sweep tries all meshes; leave out --mesh")
+  if settings.price and not settings.sweep:
+    raise InputError("--price is for --sweep; add that, or leave it out")
+  acceptance = _shares(settings.acceptance)
+  for name, value in _WITHOUT_DEVICE.items():
+    os.environ.setdefault(name, value)
+  import jax
+
+  most = max((int(t[4:]) for t in settings.topology
+              if t.startswith("cpu:") and t[4:].isdigit()), default=0)
+  if most:
+    jax.config.update("jax_num_cpu_devices", most)
+  from jaxspec import planning
+
+  setups = _setups(settings)
+  if settings.save:
+    return _save(settings, setups)
+  how = dict(workers=settings.workers, scaled=settings.few_layers)
+  if settings.sweep:
+    plans = []
+    for setup in setups:
+      plans += planning.sweep(setup, settings.topology, **how)
+    plans.sort(key=lambda p: _cost(p, acceptance, settings.price))
+    _say_sweep(settings.model, plans, acceptance, settings.price)
+  else:
+    plans = []
+    for setup in setups:
+      plan = planning.make(setup, **how)
+      plans.append(plan)
+      for line in report(settings.model, plan, acceptance):
+        print(line, flush=True)
+      if not plan.fits and settings.remedies:
+        _say_remedies(planning.remedies(setup, **how))
+  if settings.json:
+    _write(settings.json, json.dumps(
+      [plan.as_dict(acceptance) for plan in plans], indent=2) + "\n")
+  if settings.plot:
+    plot(settings.plot, settings.model, plans, acceptance)
+  return 0 if any(plan.fits for plan in plans) else 1
+
+
+def _save(settings: types.SimpleNamespace, setups: Sequence[Any]) -> int:
+  """Writes the programs of one setup."""
+  from jaxspec import planning
+
+  if len(setups) != 1 or settings.sweep or settings.few_layers:
+    raise InputError("--save is for one topology and one number of rows, "
+                     "without --sweep and --few_layers")
+  seconds = planning.keep(setups[0], settings.save, workers=settings.workers)
+  for name, took in seconds.items():
+    print(f"{name}: compiled in {took:.1f} s")
+  print(f"{len(seconds)} programs are in {settings.save}")
+  return 0
+
+
+def _setups(settings: types.SimpleNamespace) -> list[Any]:
+  from jaxspec import planning
+
+  config = planning.read_config(settings.model)
+  if not 16 <= settings.capacity <= config.context:
+    raise InputError(f"--capacity must be in [16, {config.context}] (the "
+                     f"model's context), got {settings.capacity}")
+  if not 1 <= settings.prompt < settings.capacity:
+    raise InputError(f"--prompt must be in [1, {settings.capacity - 1}], below "
+                     f"--capacity, got {settings.prompt}")
+  setups = []
+  for topology in settings.topology[:1] if settings.sweep else (
+      settings.topology):
+    for rows in settings.rows:
+      if settings.mesh:
+        mesh = tuple(settings.mesh.items())
+      elif settings.sweep:
+        mesh = ()
+      else:
+        mesh = planning.default_mesh(config, topology, rows)
+      setups.append(planning.Setup(
+        config, topology, mesh, settings.drafter, settings.verifier, rows,
+        settings.capacity, settings.prompt, settings.dtype, settings.cache,
+        settings.cache_dtype, settings.kernels,
+      ))
+  return setups
+
+
+def _shares(texts: Sequence[str]) -> list[float]:
+  try:
+    found = [float(text) for text in texts]
+  except ValueError:
+    found = []
+  if not found or not all(0 <= share <= 1 for share in found):
+    raise InputError("--acceptance must be numbers in [0, 1], as 0.6 or "
+                     f"0.7,0.5,0.3; got {','.join(texts)}")
+  return found
+
+
+# Words.
+
+
+def report(model: str, plan: Plan, acceptance: Sequence[float]) -> list[str]:
+  """What a person reads of a plan."""
+  setup = plan.setup
+  counted = ", counted from a few layers" if plan.scaled else ""
+  lines = [
+    f"{model}: {setup.said()} ({setup.devices} x {plan.kind}){counted}",
+    f"  {verdict(plan)}",
+    f"  GiB on each device: weights {plan.weights / _GIB:.2f}, cache "
+    f"{plan.cache / _GIB:.2f}, drafter {plan.draft / _GIB:.2f}, text "
+    f"{plan.text / _GIB:.2f}, temporaries {plan.working / _GIB:.2f} (fresh "
+    f"keys and values {plan.fresh / _GIB:.2f}), code {plan.code / _GIB:.2f}",
+    "",
+    f"  {'program':<18}{'compiled in':>12}{'temporaries':>13}{'GFLOP':>10}"
+    f"{'moved':>12}  exchanged",
+  ]
+  for name, program in plan.programs.items():
+    if program.refused:
+      lines.append(f"  {name:<18}{program.seconds:>10.1f} s  "
+                   f"{program.refused}")
+      continue
+    step = ", a step" if name in ("decode", "plain") else ""
+    exchanged = ", ".join(
+      f"{times:.0f} {kind} {size / _MIB:.2f} MiB"
+      for kind, (times, size) in sorted(program.cost.exchanged().items()))
+    lines.append(
+      f"  {name + step:<18}{program.seconds:>10.1f} s"
+      f"{program.temporaries / _MIB:>9.1f} MiB"
+      f"{program.cost.all_flops / 1e9:>10.1f}"
+      f"{program.cost.bytes / _MIB:>8.1f} MiB  {exchanged or 'nothing'}")
+    if program.cost.uncounted:
+      lines.append("    arithmetic not counted of "
+                   + ", ".join(sorted(set(program.cost.uncounted))))
+  if plan.timed:
+    lines += ["", "  time at least, by the chip's published figures:"]
+    parts = [("one pass without drafts", plan.plain())]
+    if plan.height:
+      parts += [(f"one pass over {plan.nodes} nodes", plan.verification()),
+                ("proposing", plan.head())]
+    prefill = plan.prefill()
+    if prefill:
+      parts.append((f"prompts, {setup.rows} x {setup.prompt}", prefill))
+    for name, time in parts:
+      lines.append(
+        f"    {name:<26}{1e3 * time.seconds:>9.3f} ms, {time.limit} (memory "
+        f"{1e3 * time.memory:.3f}, arithmetic {1e3 * time.arithmetic:.3f}, "
+        f"interconnect {1e3 * time.interconnect:.3f})")
+    gain = plan.per_second(acceptance) * plan.plain().seconds
+    lines.append(
+      f"  at {plan.tokens_per_pass(acceptance):.2f} tokens a pass, at most "
+      f"{plan.per_second(acceptance):.1f} tokens/s a row, "
+      f"{setup.rows * plan.per_second(acceptance):.0f} in all"
+      + (f", {gain:.2f} times plain decoding" if plan.height else ""))
+  return [*lines, ""]
+
+
+def verdict(plan: Plan) -> str:
+  """Whether it fits, and by how much."""
+  if plan.capacity is None:
+    return (f"needs {plan.needs / _GIB:.2f} GiB on each device, whose memory "
+            "is not known")
+  room = f"of {plan.capacity / _GIB:.2f} GiB on each device"
+  if plan.fits:
+    return f"fits: {plan.free / _GIB:.2f} {room} stay free"
+  if plan.refused:
+    over = plan.held - plan.capacity
+    more = (f"weights, cache and text alone are {over / _GIB:.2f} GiB more; "
+            if over > 0 else "")
+    return (f"does not fit {room}: {more}the compiler: {plan.refused}")
+  return f"does not fit: {-plan.free / _GIB:.2f} GiB more than there are {room}"
+
+
+def _cost(plan: Plan, acceptance: Sequence[float],
+          prices: dict[str, float] | None) -> float:
+  """Of a million tokens: money, or chip-seconds; infinite if it cannot be."""
+  if not plan.fits or not plan.timed:
+    return float("inf")
+  kind = plan.setup.topology.partition(":")[0]
+  if prices is not None and kind not in prices:
+    raise InputError(f"--price does not say what {kind} costs; add {kind}=...")
+  # Two devices of tpu7x are a chip.
+  chips = plan.setup.devices / (2 if kind == "tpu7x" else 1)
+  seconds = 1e6 / (plan.setup.rows * plan.per_second(acceptance))
+  return chips * seconds * (prices[kind] / 3600 if prices else 1.0)
+
+
+def _say_sweep(model: str, plans: Sequence[Plan], acceptance: Sequence[float],
+               prices: dict[str, float] | None) -> None:
+  unit = "$ a million" if prices else "chip-s a million"
+  print(f"{model}, cheapest first\n  {unit:>17}{'tokens/s a row':>16}"
+        f"{'in all':>9}{'GiB free':>10}  limit         setup")
+  for plan in plans:
+    if plan.fits and plan.timed:
+      each = plan.per_second(acceptance)
+      print(f"  {_cost(plan, acceptance, prices):>17.3f}{each:>16.1f}"
+            f"{plan.setup.rows * each:>9.0f}{plan.free / _GIB:>10.2f}  "
+            f"{plan.step().limit:<13} {plan.setup.said()}")
+    else:
+      print(f"  {verdict(plan)}: {plan.setup.said()}")
+  if not plans:
+    print("  weights and cache alone are too much for each of them")
+
+
+def _say_remedies(found: Sequence[tuple[str, Plan]]) -> None:
+  if not found:
+    print("  no single change that was tried makes it fit\n")
+    return
+  print("  it fits, compiled, with")
+  for words, plan in found:
+    print(f"    {words}: {plan.free / _GIB:.2f} GiB free")
+  print()
+
+
+# Files.
+
+
+def _write(path: str, text: str) -> None:
+  try:
+    with open(os.path.expanduser(path), "w", encoding="utf-8") as file:
+      file.write(text)
+  except OSError as e:
+    raise InputError(f"cannot write {path}: {e.strerror}") from e
+
+
+def plot(path: str, model: str, plans: Sequence[Plan],
+         acceptance: Sequence[float]) -> None:
+  """Draws memory of a device, and time of a step."""
+  try:
+    import matplotlib.figure
+  except ImportError as e:
+    raise InputError("--plot needs matplotlib; pip install matplotlib") from e
+  figure = matplotlib.figure.Figure(
+    figsize=(11, 1.8 + 0.5 * len(plans)), layout="constrained")
+  memory, time = figure.subplots(1, 2, sharey=True)
+  labels = [f"{p.setup.topology} rows {p.setup.rows}\n" + " ".join(
+    f"{a}={n}" for a, n in p.setup.mesh) for p in plans]
+  at = range(len(plans))
+  left = [0.0] * len(plans)
+  for name in ("weights", "cache", "draft", "text", "working", "code"):
+    widths = [getattr(p, name) / _GIB for p in plans]
+    memory.barh(at, widths, left=left, label=name)
+    left = [a + b for a, b in zip(left, widths)]
+  for i, plan in enumerate(plans):
+    if plan.capacity:
+      memory.plot([plan.capacity / _GIB] * 2, [i - 0.45, i + 0.45], "k--")
+  memory.set_yticks(list(at), labels)
+  memory.set_xlabel("GiB on each device; dashed, what there is")
+  memory.legend(fontsize="small")
+  timed = [(i, p) for i, p in enumerate(plans) if p.timed]
+  for part in ("memory", "arithmetic", "interconnect"):
+    offset = ("memory", "arithmetic", "interconnect").index(part) - 1
+    time.barh([i + 0.25 * offset for i, _ in timed],
+              [1e3 * getattr(p.step(), part) for _, p in timed],
+              height=0.25, label=part)
+  for i, plan in timed:
+    time.annotate(f" {plan.per_second(acceptance):.0f} tokens/s a row",
+                  (1e3 * plan.step().seconds, i), va="center", fontsize=8)
+  time.set_xlabel("milliseconds of a step, at least")
+  time.legend(fontsize="small")
+  figure.suptitle(model)
+  figure.savefig(os.path.expanduser(path), dpi=150)

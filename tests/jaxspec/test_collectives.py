@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What devices of a slice say to each other in a decoding step.
+
+Read in programs compiled for TPUs that are not there, of models as wide as
+published ones and one layer deep; `test_planning.py` holds that layers add up.
+"""
+
+import dataclasses
+import importlib.util
+
+import pytest
+
+from jaxspec import planning
+from jaxspec.models import architectures
+from jaxspec.planning import Setup
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="pip install jax[tpu] for the TPU compiler")
+
+ROWS = 8
+
+
+def plan(name: str, topology: str, depth: int = 1, **mesh: int):
+  config = dataclasses.replace(
+      planning.shallow(architectures.sizes(name), depth), vocab=1024)
+  return planning.make(Setup(config, topology, tuple(mesh.items()), rows=ROWS),
+                       ["decode"])
+
+
+def exchanged(plan, scope: str) -> list[tuple[str, int, int, float, str]]:
+  """What a scope exchanges, and what for."""
+  cost = plan.programs["decode"].costs.get(scope)
+  return [] if cost is None else [
+      (c.kind, c.bytes, c.devices, c.times, c.name.rpartition("/")[2])
+      for c in cost.collectives]
+
+
+def check_silence(plan) -> None:
+  """Keys, values and drafts stay where they are."""
+  for scope in ("propose", "commit", "observe"):
+    assert not exchanged(plan, scope)
+  for c in plan.programs["decode"].costs["score"].collectives:
+    assert "attention" not in c.name and "write" not in c.name
+  # One number and one token of each row's best, of each shard.
+  for kind, size, *_ in exchanged(plan, "verify"):
+    assert kind == "all-gather" and size <= 4 * ROWS * 8
+
+
+@pytest.mark.parametrize("topology, data", [
+    ("v6e:2x4", 1), pytest.param("v5e:4x4", 2, marks=pytest.mark.slow)])
+def test_a_tensor_parallel_layer_sums_twice(topology, data):
+  """Behind attention and behind the MLP, each the stream in two bytes."""
+  found = plan("llama3-70b", topology, data=data, tensor=8)
+  stream = ROWS // data * 8192 * 2
+  score = exchanged(found, "score")
+  assert {c[:3] for c in score} == {("all-reduce", stream, 8)}
+  assert sum(c[3] for c in score if c[4] == "dot_general") == 2
+  assert sum(c[3] for c in score) == 3                  # and the embedding
+  check_silence(found)
+  # Weights are read once, and nothing else that counts.
+  layer = 8192 * (10240 + 8192 + 3 * 28672)
+  read = 2 * (layer + 1024 * 8192) / 8 + found.cache
+  assert found.programs["decode"].costs["score"].bytes == pytest.approx(
+      read, rel=0.02)
+
+
+def test_experts_that_are_spread_sum_once():
+  """Behind attention over tensor shards; behind experts over all."""
+  found = plan("qwen3-30b-a3b", "v6e:2x4", expert=2, tensor=4)
+  stream = ROWS * 2048 * 2
+  score = exchanged(found, "score")
+  assert {c[:2] for c in score} == {("all-reduce", stream)}
+  assert sum(c[3] for c in score) == 3
+  (experts,) = [c for c in score if c[4] == "psum"]
+  assert experts[2:4] == (8, 1)                    # over all, once
+  assert {c[2] for c in score if c[4] != "psum"} == {4}
+  check_silence(found)

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan says what its programs are, and what they cost, and is right.
+
+Programs for CPUs are planned here, for that is quick and can be checked; what
+programs for TPUs exchange is in `test_collectives.py`.
+"""
+
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+
+from jaxspec import planning
+from jaxspec.errors import InputError
+from jaxspec.models import architectures, families
+from jaxspec.planning import Setup
+from tests.conftest import tiny_config
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+def setup(config=None, **changes) -> Setup:
+  settings = dict(rows=2, capacity=64, prompt=16, dtype="float32")
+  return Setup(config or tiny_config(), "cpu:1", (("tensor", 1),),
+               **(settings | changes))
+
+
+def matrices(config) -> int:
+  """Elements of all matrices that a token is multiplied with."""
+  c = config
+  heads = c.heads * c.head_size
+  layer = c.width * (2 * heads + 2 * c.kv_heads * c.head_size + 3 * c.mlp)
+  return c.depth * layer + c.vocab * c.width
+
+
+def test_sizes_and_memory_are_those_of_the_compiler():
+  config = tiny_config()
+  some = setup(config, rows=2)
+  plan = planning.make(some)
+  assert planning.programs(some) == tuple(plan.programs) == (
+      "decode", "prefill")
+  norms = (2 * config.depth + 1) * config.width
+  assert plan.weights == 4 * (matrices(config) + norms)    # tied
+  cache = 2 * 2 * config.depth * 64 * config.kv_heads * config.head_size * 4
+  assert cache <= plan.cache <= cache + 8 * 64
+  memory = plan.programs["decode"].compiled.memory_analysis()
+  assert plan.held == pytest.approx(memory.argument_size_in_bytes, rel=0.02)
+  assert plan.programs["decode"].temporaries == memory.temp_size_in_bytes
+  assert plan.fits and plan.capacity is None and plan.needs > plan.held
+  assert json.loads(json.dumps(plan.as_dict([0.5])))["bytes"]["weights"]
+
+
+CONFIGS = {
+    "llama": tiny_config(),
+    "qwen3": tiny_config(family="qwen3", qk_norm=True, tied=False),
+    "qwen2": tiny_config(family="qwen2", qkv_bias=True),
+    "gemma2": tiny_config(
+        family="gemma2", post_norms=True, attention_cap=50.0, logits_cap=30.0,
+        windows=(16, None) * 2, activation="gelu_pytorch_tanh"),
+}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_arithmetic_is_the_closed_form(family):
+  """Prompts are read without the unembedding."""
+  config = CONFIGS[family]
+  plan = planning.make(setup(config), ["prefill"])
+  tokens, c = 2 * 16, config
+  attention = 4 * tokens * c.depth * 16 * c.heads * c.head_size
+  wanted = 2 * tokens * (matrices(c) - c.vocab * c.width) + attention
+  found = plan.programs["prefill"].cost.all_flops
+  assert found == pytest.approx(wanted, rel=0.02)
+
+
+def test_few_layers_tell_what_all_take():
+  config = tiny_config(depth=8, width=64, mlp=128)
+  whole, scaled = (
+      planning.make(setup(config), ["prefill"], scaled=scaled)
+      for scaled in (False, True))
+  assert scaled.scaled and not whole.scaled
+  assert scaled.weights == whole.weights and scaled.cache == whole.cache
+  program, other = whole.programs["prefill"], scaled.programs["prefill"]
+  assert other.cost.all_flops == pytest.approx(program.cost.all_flops)
+  assert other.arguments == pytest.approx(program.arguments, rel=0.02)
+  assert other.cost.bytes == pytest.approx(program.cost.bytes, rel=0.05)
+
+
+def test_layers_that_repeat():
+  assert planning.period(tiny_config()) == 1
+  assert planning.period(tiny_config(windows=(8, None, 8, None))) == 2
+  assert planning.period(tiny_config(windows=(8, None, None, None))) == 4
+
+
+@pytest.mark.parametrize("drafter, nodes", [
+    ("medusa:tree=mc_sim_7b_63,nodes=9", 9), ("early_exit:layer=2,length=3", 4),
+    ("eagle:tree=chain,depth=3", 4), ("hydra:nodes=5", 5)])
+def test_heads_need_no_weights(drafter, nodes):
+  """Those that are not named are of the usual size."""
+  blueprint = planning.Blueprint(setup(drafter=drafter))
+  assert blueprint.drafter.size == nodes
+  assert planning.size(blueprint.drafter) > 0
+  assert all(isinstance(x, jax.ShapeDtypeStruct)
+             for x in jax.tree.leaves(blueprint.drafter)
+             if x is not None and getattr(x, "ndim", 0) > 1)
+
+
+def test_halves_of_a_step_are_the_step():
+  config = tiny_config(depth=1)
+  some = setup(config, drafter="medusa:tree=mc_sim_7b_63,nodes=4")
+  assert planning.programs(some) == ("decode", "prefill", "plain", "verify",
+                                     "propose")
+  plan = planning.make(some, ["decode", "verify", "propose"])
+  decode, verify = plan.programs["decode"], plan.programs["verify"]
+  assert decode.costs["observe"].all_flops > 0           # the heads
+  tokens, attended = 2 * 4, 64 + 4
+  wanted = 2 * tokens * matrices(config) + 4 * tokens * attended * (
+      config.heads * config.head_size)
+  for program in (decode, verify):
+    assert program.costs["score"].all_flops == pytest.approx(wanted, rel=0.02)
+  assert not plan.programs["propose"].cost.all_flops
+
+
+def test_tokens_a_pass():
+  plan = planning.Plan(setup(), "cpu", None, 0, 0, 0, 0, 0, 4, 3, {})
+  assert plan.tokens_per_pass([0.5]) == 1 + 0.5 + 0.25 + 0.125
+  assert plan.tokens_per_pass([0.6, 0.3]) == pytest.approx(1.9)
+  plain = dataclasses.replace(plan, height=0)
+  assert plain.tokens_per_pass([0.5]) == 1
+
+
+def test_time_is_what_published_figures_say():
+  from jaxspec.hlo import Cost
+  cost = Cost(bytes=819e6, flops={"bf16": 197e9})
+  plan = planning.Plan(
+      setup(), "TPU v5 lite", 16e9, 8e9, 1e9, 0, 0, 0, 1, 0,
+      {"decode": planning.Program("decode", costs={"score": cost})})
+  assert plan.step().memory == pytest.approx(1e-3)
+  assert plan.step().arithmetic == pytest.approx(1e-3)
+  assert plan.per_second([0.0]) == pytest.approx(1000)
+  assert plan.free == 7e9
+  cost.flops["bf16"] *= 2
+  assert plan.step().limit == "arithmetic"
+  cost.bytes *= 10
+  assert plan.step().limit == "bandwidth"
+
+
+def test_meshes_spread_all_devices():
+  config = architectures.sizes("llama3-70b")
+  found = planning.meshes(config, 16, 8)
+  assert found[0] == (("data", 2), ("tensor", 8))
+  assert all(math.prod(n for _, n in mesh) == 16 for mesh in found)
+  experts = planning.meshes(architectures.sizes("qwen3-30b-a3b"), 8, 1)
+  assert (("expert", 2), ("tensor", 4)) in experts
+  assert planning.meshes(config, 3, 8) == []
+
+
+def test_an_estimate_is_weights_and_cache():
+  config = architectures.sizes("llama3-70b")
+  some = Setup(config, "v5e:4x4", (("tensor", 8),), rows=8)
+  cache = 2 * 8 * 80 * 2048 * 128 * 2
+  assert planning.estimate(some) == pytest.approx(
+      2 * 70.55e9 / 8 + cache, rel=0.001)
+
+
+@pytest.mark.parametrize("name, billions", [
+    ("smollm2-135m", 0.1345), ("llama3-8b", 8.03), ("llama3-70b", 70.55),
+    ("llama3.1-405b", 405.8), ("qwen3-8b", 8.19), ("qwen3-30b-a3b", 30.5),
+    ("qwen3-235b-a22b", 235.1), ("mixtral-8x7b", 46.7), ("mistral-7b", 7.25),
+    ("gemma2-9b", 9.24)])
+def test_architectures_have_the_published_number_of_parameters(name, billions):
+  some = Setup(architectures.sizes(name), "cpu:1", rows=0, dtype="bfloat16")
+  assert planning.estimate(some) / 2e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_a_config_is_read_from_a_folder(tmp_path):
+  said = dict(
+      model_type="llama", hidden_size=32, num_hidden_layers=2,
+      num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+      vocab_size=64, max_position_embeddings=128, rope_theta=1e4)
+  (tmp_path / "config.json").write_text(json.dumps(said))
+  assert planning.read_config(str(tmp_path)) == families.config(said)
+  with pytest.raises(InputError, match="Did you mean 'llama3-70b'"):
+    planning.read_config("llama3-70")
+
+
+@pytest.mark.parametrize("topology, words", [
+    ("cpu:99", "this process has 8"), ("cpu:x", "a number of devices"),
+    ("h100:0", "a number of devices")])
+def test_topologies_that_cannot_be(topology, words):
+  with pytest.raises(InputError, match=words):
+    planning.devices(topology)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+  monkeypatch.setattr(planning, "_has", lambda module: False)
+  with pytest.raises(InputError, match=(
+      f"--no-deps jax-cuda13-pjrt=={jax.__version__}")):
+    planning.devices("h200:2")
+  monkeypatch.setattr(planning.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(InputError, match="jax.tpu."):
+    planning.devices("v6e:9x9")
+
+
+def test_what_makes_it_fit_is_compiled(monkeypatch):
+  """With devices of a megabyte, and a model of three quarters of one."""
+  monkeypatch.setattr(planning, "capacity_of", lambda topology: 1.1e6)
+  monkeypatch.setattr(planning, "_SLICES", {"cpu": "1 2"})
+  config = tiny_config(width=64, mlp=128, vocab=128)
+  some = setup(config, rows=2, capacity=1024)
+  assert planning.estimate(some) > 1.1e6
+  made = []
+
+  def make(changed):
+    made.append(changed)
+    return planning.Plan(changed, "cpu", 1.1e6, planning.estimate(changed), 0, 0,
+                         0, 0, 1, 0, {})
+  monkeypatch.setattr(planning, "make", make)
+  found = planning.remedies(some)
+  words = [w.partition("=")[0] for w, _ in found]
+  assert "--capacity" in words and "--rows" in words
+  assert made == [plan.setup for _, plan in found]
+  assert all(plan.fits for _, plan in found)
+
+
+def test_a_sweep_tries_all_meshes(monkeypatch):
+  monkeypatch.setattr(planning, "make", lambda some, names: planning.Plan(
+      some, "cpu", None, planning.estimate(some), 0, 0, 0, 0, 1, 0, {}))
+  plans = planning.sweep(setup(tiny_config(depth=1)), ["cpu:2"])
+  assert [p.setup.mesh for p in plans] == [(("tensor", 2),), (("data", 2),)]
+  tensor, data = plans
+  assert tensor.weights < data.weights
