@@ -15,10 +15,10 @@ import json
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
-import jaxlib
 import numpy as np
 from jax.experimental import serialize_executable
 
@@ -37,7 +37,7 @@ def identity(config: Any, mesh: jax.sharding.Mesh, **settings: Any
   """
   device = mesh.devices.flat[0]
   known = dict(
-      jax=jax.__version__, jaxlib=jaxlib.__version__, jaxspec=_source(),
+      jax=jax.__version__, jaxlib=metadata.version("jaxlib"), jaxspec=_source(),
       device_kind=device.device_kind, devices=mesh.devices.size,
       mesh=dict(mesh.shape), model=hashlib.sha256(
           repr(config).encode()).hexdigest()[:16], **settings)

@@ -576,7 +576,7 @@ def make(setup: Setup, names: Sequence[str] | None = None, *,
   with _compiler_settings(setup.topology), \
       concurrent.futures.ThreadPoolExecutor(workers) as pool:
     made = dict(zip(lowered, pool.map(
-        lambda item: _compile(*item, trips), lowered.items())))
+        lambda name: _compile(name, lowered[name], trips), lowered)))
     capacity = capacity_of(setup.topology)
   state = blueprint.state
   cache = size(state.seq.cache)

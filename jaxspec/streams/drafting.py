@@ -66,7 +66,8 @@ class LookupRows:
   def propose(self, model, layout, batch):
     lines = batch.lines
     sessions, streams = lines.counts.shape
-    look = PromptLookup(self.length, self.max_ngram, self.min_ngram)
+    look = PromptLookup(  # pyright: ignore[reportAbstractUsage]
+        self.length, self.max_ngram, self.min_ngram)
     tokens, run = jax.vmap(look.look_up)(
         lines.texts.reshape(sessions * streams, -1),
         jnp.maximum(lines.counts, 1).reshape(-1))

@@ -286,8 +286,9 @@ def settle(model: StreamModel, layout: StreamLayout, batch: StreamState,
   with jax.named_scope("propose"):
     chain = [lines.pending]
     ahead = lines
-    for depth in range(drafts):
-      ahead = state.advance(layout, ahead, request, guesses[:, depth],
+    for guess in [] if guesses is None else [
+        guesses[:, depth] for depth in range(drafts)]:
+      ahead = state.advance(layout, ahead, request, guess,
                             jnp.zeros(lines.counts.shape))
       chain.append(ahead.pending)
     tokens, live = (jnp.stack(x, axis=1) for x in zip(*chain))

@@ -111,8 +111,8 @@ def seen(layout: StreamLayout, block: Block) -> Bool[Array, "B N N"]:
   allowed = layout.visible[streams][:, streams] & (row[:, None] > row[None])
   place, kept = block.flat(block.positions), block.flat(block.kept)
   earlier = place[:, None] < place[..., None]
-  return ((allowed[None] & earlier & kept[:, None])
-          | np.eye(block.size, dtype=bool)[None])
+  return jnp.asarray((allowed[None] & earlier & kept[:, None])
+                     | np.eye(block.size, dtype=bool)[None])
 
 
 def commit(cache: StreamCache, block: Block, fresh: Fresh,

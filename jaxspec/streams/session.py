@@ -202,19 +202,19 @@ class Streams:
       def below(x):
         return np.pad(x, ((0, height - len(x)), (0, 0)))[None]
       with on(self.mesh, self._target):
-        if self._batch is None:
-          self._batch = self._init()
+        batch = self._init() if self._batch is None else self._batch
+        self._batch = batch
         reading = loop.prefill(
             self.model, self.layout, padded,
             np.array([len(base)], np.int32), below(tokens), below(live),
             np.array([len(tokens)], np.int32), chunk=_CHUNK,
             dtype=self._dtype)
         reserve = len(base) + self.room * self.layout.count
-        if not self._batch.cache.fits([reserve]):
+        if not batch.cache.fits([reserve]):
           raise InputError("the cache has no room for another session; close "
                            "one, or give it more pages")
         self._batch = loop.insert(
-            self.layout, self._batch, np.array([at], np.int32), reading,
+            self.layout, batch, np.array([at], np.int32), reading,
             request, open_, np.array([reserve], np.int32))
       session = Session(self, at, len(tokens))
       self._open[at] = session
