@@ -214,8 +214,8 @@ def test_what_makes_it_fit_is_compiled(monkeypatch):
 
   def make(changed):
     made.append(changed)
-    return planning.Plan(changed, "cpu", 1.1e6, planning.estimate(changed), 0, 0,
-                         0, 0, 1, 0, {})
+    return planning.Plan(changed, "cpu", 1.1e6, planning.estimate(changed), 0,
+                         0, 0, 0, 1, 0, {})
   monkeypatch.setattr(planning, "make", make)
   found = planning.remedies(some)
   words = [w.partition("=")[0] for w, _ in found]
