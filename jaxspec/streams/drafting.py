@@ -60,8 +60,6 @@ class LookupRows:
     for name, low, high in (("length", 1, 32), ("min_ngram", 1, 64),
                             ("max_ngram", self.min_ngram, 64)):
       naming.whole("lookup", name, getattr(self, name), low, high)
-    if not isinstance(self.all, bool):
-      raise InputError(f"lookup: all must be True or False, got {self.all!r}")
 
   def propose(self, model, layout, batch):
     lines = batch.lines
@@ -120,7 +118,11 @@ def parse(text: str, model: StreamModel) -> RowDrafter | None:
   name, options = naming.choose("row drafter", text, ["lookup", "medusa"])
   if name == "lookup":
     known = [f.name for f in dataclasses.fields(LookupRows)]
-    return LookupRows(**naming.options(f"row drafter {name}", options, known))
+    values = naming.options(f"row drafter {name}", options, known)
+    if not isinstance(values.get("all", True), bool):
+      raise InputError("row drafter lookup: all must be True or False, got "
+                       f"{values['all']!r}")
+    return LookupRows(**values)
   folder = naming.options(f"row drafter {name}", options, ["heads"])
   folder = heads.find(str(folder.get("heads", "")), model.backbone, "medusa")
   return HeadRows(heads.load(folder, model.backbone, "medusa").heads)

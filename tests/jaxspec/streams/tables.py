@@ -64,12 +64,12 @@ def requests(layout: StreamLayout, tables: Sequence[np.ndarray],
 
 
 def empty(model: StreamModel, layout: StreamLayout, sessions: int, *,
-          kind: Any = ContiguousCache, room: int = ROOM, prefix: int = 16
-          ) -> state.StreamState:
+          kind: Any = ContiguousCache, room: int = ROOM, prefix: int = 16,
+          **options: Any) -> state.StreamState:
   @jax.jit
   def make(model):
     inner = model.backbone.init_cache(
-        kind, sessions, prefix + room * layout.count, jnp.float32)
+        kind, sessions, prefix + room * layout.count, jnp.float32, **options)
     return loop.init(model, layout, inner, room=room, queue=QUEUE,
                      stops=STOPS, biases=4)
   return make(model)
@@ -80,8 +80,7 @@ def begin(model: StreamModel, layout: StreamLayout,
           options: Options | Sequence[Options] = GREEDY, *,
           prefix: Sequence[int] = (), batch: Any = None,
           at: Sequence[int] | None = None, chunk: int = 16,
-          kind: Any = ContiguousCache, room: int = ROOM
-          ) -> state.StreamState:
+          room: int = ROOM, **cache: Any) -> state.StreamState:
   """Sessions that go on behind given tables."""
   count = np.array([len(t) for t, _ in tables], np.int32)
   some = max(chunk // layout.count, 1)
@@ -95,7 +94,7 @@ def begin(model: StreamModel, layout: StreamLayout,
       np.stack([pad(v, height) for _, v in tables]), count, chunk=chunk,
       dtype=jnp.dtype(jnp.float32))
   if batch is None:
-    batch = empty(model, layout, len(tables), kind=kind, room=room)
+    batch = empty(model, layout, len(tables), room=room, **cache)
   open_ = np.array([[at in layout.written for at in range(layout.count)]
                     for _ in tables])
   rows_ = np.arange(len(tables)) if at is None else np.array(at)

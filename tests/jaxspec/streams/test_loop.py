@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from jaxspec.caches.paged import PagedCache
 from jaxspec.drafters.autoregressive import Autoregressive
 from jaxspec.streams import layout as layouts
 from jaxspec.streams import loop
@@ -84,6 +85,20 @@ def test_sessions_are_independent_and_rows_are_refilled(model, options):
   assert rows[3:6, 0].tolist() == [11, 12, 13]
   assert rows[9:11, 0].tolist() == [41, 42]
   assert len(rows) > 15 and (rows[3:, 1:] != TALK.silence).any()
+
+
+def test_pages_hold_what_one_buffer_holds(model):
+  """And a session for which there are none is over before it begins."""
+  given = [tables.random_table(TALK, 7, seed=n, holes=0.2) for n in range(2)]
+  plain = tables.finish(model, TALK, tables.begin(model, TALK, given))
+  needed = -(-(16 + tables.ROOM * TALK.count) // 8)
+  paged = tables.begin(model, TALK, given, kind=PagedCache, page=8,
+                       pages=needed + 1)
+  paged = tables.finish(model, TALK, paged)
+  np.testing.assert_array_equal(tables.table(paged), tables.table(plain))
+  assert len(tables.table(paged)) > 15
+  assert paged.lines.ended.tolist() == [False, True]
+  assert int(paged.passes[1]) == 0
 
 
 @pytest.mark.parametrize("name", ["reading", "table"])
