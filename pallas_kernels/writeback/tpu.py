@@ -180,6 +180,7 @@ def _memory(count: int, window: int, heads: int, size: int) -> int:
 def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
             quantized, nodes):
   fresh, refs = refs[:count], refs[count:]
+  # (Not `//` and `%`, which look at signs, and at a device for it.)
   # The results are the buffers themselves: there is one of each.
   held = count * (2 if quantized else 1)
   buffers, refs = refs[held:held + count], refs[held + count:]
@@ -199,32 +200,34 @@ def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
     """Where window j is in each buffer, or in each scale."""
     slot = at_ref[jobs_ref[j]]
     size = lanes or window
-    where = pl.ds(pl.multiple_of(slot % room // size * size, size), size)
+    first = lax.div(slot, room)
+    start = lax.div(lax.rem(slot, room), size) * size
+    where = pl.ds(pl.multiple_of(start, size), size)
     if lanes:
-      return slot // room, slice(None), where
+      return first, slice(None), where
     if flipped:
-      return slot // room, slice(None), slice(None), where
-    return slot // room, slice(None), where, slice(None)
+      return first, slice(None), slice(None), where
+    return first, slice(None), where, slice(None)
 
   def writes(j, act):
     """Acts on each write that goes to a window."""
     first = jobs_ref[j]
-    slot = at_ref[first] // window
+    slot = lax.div(at_ref[first], window)
 
     def each(i, none):
-      @pl.when((at_ref[i] >= 0) & (at_ref[i] // window == slot))
+      @pl.when((at_ref[i] >= 0) & (lax.div(at_ref[i], window) == slot))
       def _():
         act(i)
       return none
 
-    lax.fori_loop(first, job_ref[first] // 2 + 1, each, 0)
+    lax.fori_loop(first, lax.div(job_ref[first], 2) + 1, each, 0)
 
   def whole(j):
-    return job_ref[jobs_ref[j]] % 2 == 1
+    return lax.rem(job_ref[jobs_ref[j]], 2) == 1
 
   def fetch(j):
     """Begins to read what a window needs."""
-    turn = j % 2
+    turn = lax.rem(j, 2)
     sem = sems.at[turn, 0]
 
     @pl.when(jnp.logical_not(whole(j)))
@@ -241,7 +244,8 @@ def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
                               sem).start()
 
     def nodes_of(i):
-      row, node, slot = i // nodes, path_ref[i], at_ref[i] % window
+      row, node = lax.div(i, nodes), path_ref[i]
+      slot = lax.rem(at_ref[i], window)
       for n, values in enumerate(fresh):
         pltpu.make_async_copy(values.at[row, node], new_ref.at[turn, slot, n],
                               sem).start()
@@ -250,7 +254,7 @@ def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
 
   def arrived(j):
     """Waits for it. A semaphore counts bytes: once for all buffers."""
-    turn = j % 2
+    turn = lax.rem(j, 2)
 
     def wait(ref):
       pltpu.make_async_copy(ref, ref, sems.at[turn, 0]).wait()
@@ -261,11 +265,11 @@ def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
 
     if quantized:
       wait(scale_ref.at[turn])
-    writes(j, lambda i: wait(new_ref.at[turn, at_ref[i] % window]))
+    writes(j, lambda i: wait(new_ref.at[turn, lax.rem(at_ref[i], window)]))
 
   def leave(j):
     """Begins to write a window back."""
-    turn = j % 2
+    turn = lax.rem(j, 2)
     sem = sems.at[turn, 1]
     here = place(j)
     for n, buffer in enumerate(buffers):
@@ -278,23 +282,23 @@ def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
 
   def left(j):
     """Waits until it is written."""
-    turn = j % 2
+    turn = lax.rem(j, 2)
     for ref in (old_ref, *refs):
       pltpu.make_async_copy(ref.at[turn], ref.at[turn], sems.at[turn, 1]
                             ).wait()
 
   def merge(j):
-    turn = j % 2
+    turn = lax.rem(j, 2)
 
     def one(n, none):
       def put(i):
-        slot = at_ref[i] % window
+        slot = lax.rem(at_ref[i], window)
         new = new_ref[turn, slot, n].astype(jnp.float32)         # [G K]
         if quantized:
           new, scale = rounded(new)
           new = new.astype(jnp.float32)
           old = scale_ref[turn, n]
-          lane = at_ref[i] % _LANES
+          lane = lax.rem(at_ref[i], _LANES)
           scale_ref[turn, n] = jnp.where(
               _iota(old.shape, 1) == lane, scale[:, None], old)
         old = _wide(old_ref[turn, n])

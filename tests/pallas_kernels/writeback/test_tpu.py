@@ -5,12 +5,17 @@ Held here: windows written in part and whole, shared by several nodes and left
 and met again; rows that keep nothing; pages; slots along lanes; rounding.
 """
 
+import importlib.util
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import Target, aim, commit_kv
 from pallas_kernels.writeback import tpu
@@ -104,3 +109,31 @@ def test_counts_what_it_moves():
     assert case.least_bytes <= case.moved_bytes
   prompt = {case.name: case for case in cases()}["llama3-8b, prompt of 512"]
   assert prompt.moved_bytes <= 1.1 * prompt.least_bytes
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
+                    reason="pip install jax[tpu] for the TPU compiler")
+@pytest.mark.parametrize("room, size, heads", [(4096, 128, 8), (2048, 64, 3)])
+def test_no_cache_is_copied(room, size, heads):
+  """All of it comes back where it was, compiled for a v5e."""
+  mesh = Mesh(topologies.get_topology_desc(
+      platform="tpu", topology_name="v5e:2x2").devices[:1], ("x",))
+
+  def shape(dtype, *sizes):
+    return jax.ShapeDtypeStruct(
+        sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+  # More than the chip holds at once, so that no copy hides there.
+  buffers = (shape(jnp.bfloat16, 32, heads, room, size),) * 4
+  fresh = (shape(jnp.bfloat16, 32, 8, heads, size),) * 4
+  index = shape(jnp.int32, 32, 5)
+  with aim(Target("tpu", "TPU v5 lite")), jax.set_mesh(mesh):
+    compiled = jax.jit(lambda *args: commit_kv(*args)[0], donate_argnums=0
+                       ).lower(buffers, fresh, index, index).compile()
+  text, memory = compiled.as_text(), compiled.memory_analysis()
+  whole = 4 * 32 * heads * room * size * 2
+  assert "tpu_custom_call" in text
+  assert memory.alias_size_in_bytes == whole
+  assert memory.temp_size_in_bytes < 0.01 * whole
+  copied = re.findall(r"= (\S+) copy(?:-start)?\(", text)
+  assert not [x for x in copied if str(room) in x]
