@@ -305,7 +305,8 @@ def verdict(plan: Plan) -> str:
     over = plan.held - plan.capacity
     more = (f"weights, cache and text alone are {over / _GIB:.2f} GiB more; "
             if over > 0 else "")
-    return (f"does not fit {room}: {more}the compiler: {plan.refused}")
+    return (f"does not fit the {plan.capacity / _GIB:.2f} GiB of a device: "
+            f"{more}the compiler: {plan.refused}")
   return f"does not fit: {-plan.free / _GIB:.2f} GiB more than there are {room}"
 
 

@@ -117,7 +117,7 @@ def test_a_refusal_is_in_the_compilers_words():
       {"decode": planning.Program("decode", refused=refused)})
   assert not plan.fits
   assert app.verdict(plan) == (
-      "does not fit of 15.75 GiB on each device: weights, cache and text alone "
+      "does not fit the 15.75 GiB of a device: weights, cache and text alone "
       "are 6.25 GiB more; the compiler: Ran out of memory on HBM, the total "
       "memory required for HLO temporaries (22.05G) exceeds available HBM "
       "(15.75G)")
