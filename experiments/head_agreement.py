@@ -38,7 +38,7 @@ from experiments.exactness import Journal
 from experiments.speculation import read_prompts
 from jaxspec import heads as heads_lib
 from jaxspec import loop
-from jaxspec.drafters import early_exit
+from jaxspec.confidence import confidence
 from jaxspec.heads import ExitHead, MedusaHeads
 
 FLAGS = flags.FLAGS
@@ -116,7 +116,7 @@ def ask(model, heads, tokens, length, start, *, places, measure, dtype):
     best = jnp.argmax(logits[0], axis=-1)
     ids = None if head is None else head.tokens
     return (best if ids is None else ids[...][best],
-            early_exit.confidence(logits[0], measure))
+            confidence(logits[0], measure))
 
   top = here(seen[model.depth])
   found = {"model": [told(None, model.unembed(top))]}

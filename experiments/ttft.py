@@ -59,7 +59,7 @@ from jaxspec import heads as heads_lib
 from jaxspec import loop, opening, profiling
 from jaxspec.base import HeadStart, Sequences
 from jaxspec.caches import Place
-from jaxspec.drafters import early_exit
+from jaxspec.confidence import confidence
 from jaxspec.drafters.early_exit import EarlyExit
 from jaxspec.errors import InputError
 from jaxspec.options import Options, as_request
@@ -155,10 +155,10 @@ def confidences(model, drafter, seen, coefficients, *, measure):
   logits = head(model, x).reshape(rows * drafts, -1)
   if measure == "learned":
     place = jnp.broadcast_to(jnp.arange(drafts)[None], (rows, drafts))
-    sure = early_exit.confidence(logits, measure, place.reshape(-1),
-                                 coefficients)
+    sure = confidence(logits, measure, place.reshape(-1),
+                      coefficients)
   else:
-    sure = early_exit.confidence(logits, measure)
+    sure = confidence(logits, measure)
   return sure.reshape(rows, drafts)
 
 
