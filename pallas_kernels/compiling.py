@@ -167,14 +167,20 @@ def compile_tpu(case: Case, name: str, device: Any,
 
 def lower_gpu(case: Case) -> Outcome:
   """Lowers one case's GPU kernel for an H100."""
+  # Leaf by leaf: export makes containers of what is no array.
+  leaves, tree = jax.tree.flatten(case.arguments)
+
+  def call(*leaves):
+    return case.call(*jax.tree.unflatten(tree, leaves), implementation="gpu")
+
   def body():
     with (jax.sharding.use_abstract_mesh(
         AbstractMesh((), (), abstract_device=_H100)), aim(GPU)):
       return export.export(
-          jax.jit(lambda *args: case.call(*args, implementation="gpu")),
+          jax.jit(call),
           platforms=["cuda"], disabled_checks=[
               export.DisabledSafetyCheck.custom_call(target)
-              for target in ("mosaic_gpu", "mosaic_gpu_v2")])(*case.arguments)
+              for target in ("mosaic_gpu", "mosaic_gpu_v2")])(*leaves)
 
   lowered, found = _attempt(case, "h100", body)
   if lowered is None:

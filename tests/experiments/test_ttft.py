@@ -11,7 +11,7 @@ import pytest
 from experiments import provisional, ttft
 from experiments.provisional import PLAIN, Costs, Method
 from jaxspec import loop
-from jaxspec.drafters import early_exit
+from jaxspec.confidence import confidence
 from jaxspec.drafters.early_exit import EarlyExit
 from jaxspec.errors import InputError
 from jaxspec.heads import ExitHead
@@ -105,7 +105,7 @@ def test_the_control_and_confidence_are_the_heads_own(small, quick_compiles):
     prefix = loop.prefill(small, (1,), tokens, length, chunk=512,
                           dtype=jnp.dtype("float32"))
     logits = head(small, head.attended(prefix.features[0]))
-    return early_exit.confidence(logits[0], "top")
+    return confidence(logits[0], "top")
 
   for row, text in enumerate(texts):
     whole = np.array([[*text, *layers["guessed"][row]]], np.int32)

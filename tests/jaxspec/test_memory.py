@@ -46,11 +46,12 @@ LLAMA_3_8B = functools.partial(llama, vocab=128256, width=4096, heads=32,
 
 
 def compile_decode(config: Config, drafter: str, *, rows: int, capacity: int,
-                   dtype, mesh, kind: str = "contiguous", cache_dtype=None):
+                   dtype, mesh, kind: str = "contiguous", cache_dtype=None,
+                   kernels=None):
   """The compiled loop, and how many bytes its state has on a device."""
   blueprint = Blueprint(Setup(
       config, "", drafter=drafter, rows=rows, capacity=capacity,
-      dtype=jnp.dtype(dtype).name, cache=kind,
+      dtype=jnp.dtype(dtype).name, cache=kind, kernels=kernels,
       cache_dtype=jnp.dtype(cache_dtype or dtype).name), mesh)
   return blueprint.lower("decode").compile(), size(blueprint.state)
 
@@ -161,7 +162,7 @@ def test_a_copied_cache_would_be_seen(v5e, monkeypatch):
   try:
     compiled, size = compile_decode(
         LLAMA_3_8B(depth=2), "autoregressive", rows=8, capacity=8192,
-        dtype=jnp.bfloat16, mesh=v5e)
+        dtype=jnp.bfloat16, mesh=v5e, kernels="xla")
   finally:
     monkeypatch.undo()
     jax.clear_caches()

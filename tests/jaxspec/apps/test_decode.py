@@ -156,6 +156,7 @@ def test_flags_reach_generator_and_options(fake):
       "--mesh=data=1,tensor=2",
       "--cache=paged",
       "--prefill=layer_major",
+      "--kernels=xla",
       "--adapter=tuned",
       "--max_new_tokens=7",
       "--temperature=0.5",
@@ -185,6 +186,7 @@ def test_flags_reach_generator_and_options(fake):
     mesh={"data": 1, "tensor": 2},
     cache="paged",
     prefill="layer_major",
+    kernels="xla",
     adapter="tuned",
   )
   options = fake.options
