@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import pallas_kernels
 from jaxspec import sharding
 from jaxspec.errors import InputError, nearest
-from pallas_kernels import target
+from pallas_kernels import errors, target
 from pallas_kernels.target import Target, aim
 
 CHOICES = ("xla", "tpu", "gpu", "interpret")
@@ -58,11 +58,14 @@ def on(mesh: Mesh, goal: Target | None) -> Iterator[None]:
   """Within, programs are for `mesh`, and made of what `choose` gave.
 
   Raises:
-    InputError: kernels were asked for by name, and do not take a shape.
+    InputError: kernels were asked for by name, and do not take a shape; or
+      their table of blocks cannot be used.
   """
   try:
     with jax.set_mesh(mesh), aim(goal):
       yield
+  except errors.InputError as e:
+    raise InputError(str(e)) from e
   except NotImplementedError as e:
     if goal is None or goal.implementation in (None, "xla"):
       raise

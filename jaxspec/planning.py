@@ -609,11 +609,9 @@ def _compile(name: str, lowered: Any, trips: Callable[[str], float]
              ) -> Program:
   start = time.perf_counter()
   try:
-    compiled = lowered.compile()
-  except jax.errors.JaxRuntimeError as e:
-    if "RESOURCE_EXHAUSTED" not in str(e):
-      raise
-    return Program(name, time.perf_counter() - start, refused=_refusal(e))
+    compiled = _fit(lowered)
+  except _TooLarge as e:
+    return Program(name, time.perf_counter() - start, refused=str(e))
   seconds = time.perf_counter() - start
   memory = compiled.memory_analysis()
   costs = hlo.count(
@@ -637,6 +635,20 @@ def _merged(found: Sequence[hlo.Collective]) -> list[hlo.Collective]:
     key = dataclasses.replace(one, times=0.0)
     times[key] = times.get(key, 0.0) + one.times
   return [dataclasses.replace(one, times=n) for one, n in times.items()]
+
+
+class _TooLarge(Exception):
+  """Memory is not enough; the message is the compiler's sentence."""
+
+
+def _fit(lowered: Any) -> Any:
+  """Compiles a program, if it fits."""
+  try:
+    return lowered.compile()
+  except jax.errors.JaxRuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    raise _TooLarge(_refusal(e)) from e
 
 
 def _refusal(error: BaseException) -> str:
@@ -789,13 +801,10 @@ def keep(setup: Setup, folder: str | pathlib.Path, *, workers: int = 1
       name, (lowered, arguments) = item
       start = time.perf_counter()
       try:
-        compiled = lowered.compile()
-      except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
-          raise
-        raise InputError(f"{name} does not fit {setup.topology}: "
-                         f"{_refusal(e)}; plan without --save says what "
-                         "would") from e
+        compiled = _fit(lowered)
+      except _TooLarge as e:
+        raise InputError(f"{name} does not fit {setup.topology}: {e}; plan "
+                         "without --save says what would") from e
       made[executables.key(name.split()[0], arguments)] = compiled
       seconds[name] = time.perf_counter() - start
       return compiled

@@ -29,19 +29,17 @@ class Link:
   hop: float = 1e-6
 
 
-# Google's and NVIDIA's data sheets: what they call bidirectional is halved. A
-# device of tpu7x is half a chip, and has half of its links.
+# Of the kinds in `CHIPS`. Google's and NVIDIA's data sheets: what they call
+# bidirectional is halved. A device of tpu7x is half a chip, and has half of its
+# links.
 LINKS: dict[str, Link] = {
-    "TPU v4": Link(300e9 / 2, 6),
     "TPU v5 lite": Link(400e9 / 2, 4),
-    "TPU v5p": Link(1200e9 / 2, 6),
+    "TPU v5": Link(1200e9 / 2, 6),
     "TPU v6 lite": Link(800e9 / 2, 4),
     "TPU7x": Link(1200e9 / 4, 6),
     "NVIDIA H100 80GB HBM3": Link(900e9 / 2, 2),
     "NVIDIA H200": Link(900e9 / 2, 2),
 }
-# What devices call themselves, where data sheets use another name.
-_SAME = {"TPU v5": "TPU v5p"}
 # A float32 product takes so many times a bfloat16 one: six passes of the
 # matrix unit of a TPU; on a GPU, units apart (67 of 989 teraflops).
 _FLOAT32 = {"TPU": 6.0, "NVIDIA": 14.8}
@@ -72,11 +70,11 @@ class Time:
 
 def chip(kind: str) -> Chip | None:
   """The published figures of a device, if they are known."""
-  return CHIPS.get(_SAME.get(kind, kind))
+  return CHIPS.get(kind)
 
 
 def link(kind: str) -> Link | None:
-  return LINKS.get(_SAME.get(kind, kind))
+  return LINKS.get(kind)
 
 
 def least(cost: Cost, kind: str) -> Time:

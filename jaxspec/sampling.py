@@ -94,21 +94,15 @@ class Laws:
 
   def plain(self) -> Bool[Array, ""]:
     """Whether no row asks for a warp but temperature."""
-    biased, penalised, cut = asked(self.sampling, self.logits.shape[-1])
-    return ~(biased | penalised | cut)
+    return bare(self.sampling, self.logits.shape[-1])
 
   def draw_all(self) -> Int[Array, "B N"]:
     """The sample behind every node of plain laws, in one pass over logits.
 
     It is that of `draw`, noise and all.
     """
-    def keys(key, positions):
-      return jax.random.key_data(jax.vmap(
-          lambda position: jax.random.fold_in(key, position))(positions))
-
-    sampling = self.sampling
-    noise = jax.vmap(keys)(sampling.key, self.positions)           # [B N 2]
-    args = (self.logits, sampling.temperature, noise)
+    noise = words(self.sampling.key, self.positions)               # [B N 2]
+    args = (self.logits, self.sampling.temperature, noise)
     mesh = sharding.current()
     if mesh is None:
       return accept_nodes(args[0], temperature=args[1], noise=noise).token

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight CPU devices, no silent broadcasting, and a tiny model for all."""
 
+import importlib.util
 import json
 import os
 
@@ -63,6 +64,18 @@ def quick_compiles():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def tpu_compiler():
+  """The compiler for TPUs, which need not be there."""
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("pip install jax[tpu] for the TPU compiler")
+  # Programs compiled for a device that is not there cannot be read back.
+  cache = jax.config.jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)
+  yield
+  jax.config.update("jax_enable_compilation_cache", cache)
 
 
 @pytest.fixture(scope="session")

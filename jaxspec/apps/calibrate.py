@@ -82,21 +82,15 @@ def main(settings: types.SimpleNamespace) -> None:
   if any(isinstance(item, str) for item in items):
     raise InputError("--data holds a text that is no answer to a prompt; pass "
                      "prompts, or conversations that end with an answer")
-  launch.use_compilation_cache(settings.compilation_cache_dir)
+  generator = launch.load_model(
+    settings,
+    rows=settings.answer_rows,
+    capacity=settings.longest + settings.answer_tokens,
+  )
   import jax
 
   from jaxspec import calibration, heads
-  from jaxspec.generator import Generator
 
-  with launch.progress("loading") as on_progress:
-    generator = Generator.load(
-      settings.model,
-      dtype=settings.dtype,
-      mesh=settings.mesh,
-      rows=settings.answer_rows,
-      capacity=settings.longest + settings.answer_tokens,
-      on_progress=on_progress,
-    )
   model = generator.model
   # Refused before there are answers.
   loaded = {path: heads.load(path, model, "exit").heads

@@ -460,12 +460,25 @@ def _strip(item: Any) -> Any:
 # Settings to a generator.
 
 
+def load_model(settings: types.SimpleNamespace, **options: Any) -> Generator:
+  """Loads --model with --dtype onto --mesh, in a generator with `options`."""
+  use_compilation_cache(settings.compilation_cache_dir)
+  from jaxspec.generator import Generator
+
+  with progress("loading") as on_progress:
+    return Generator.load(
+      settings.model,
+      dtype=settings.dtype,
+      mesh=settings.mesh,
+      on_progress=on_progress,
+      **options,
+    )
+
+
 def load_generator(settings: types.SimpleNamespace) -> Generator:
   """Returns the generator that the settings describe."""
   verifier = verifier_text(settings)
-  use_compilation_cache(settings.compilation_cache_dir)
   from jaxspec import first_tokens
-  from jaxspec.generator import Generator
 
   more: dict[str, Any] = {}
   if settings.first_tokens:
@@ -482,22 +495,18 @@ def load_generator(settings: types.SimpleNamespace) -> Generator:
       raise InputError(f"--executables={settings.executables} {problem}, and "
                        "programs are run; use a folder that is yours alone")
     more["executables"] = folder
-  with progress("loading") as on_progress:
-    generator = Generator.load(
-      settings.model,
-      drafter=settings.drafter,
-      verifier=verifier,
-      rows=settings.rows,
-      capacity=settings.capacity,
-      dtype=settings.dtype,
-      mesh=settings.mesh,
-      cache=settings.cache,
-      prefill=settings.prefill,
-      kernels=settings.kernels,
-      adapter=settings.adapter,
-      on_progress=on_progress,
-      **more,
-    )
+  generator = load_model(
+    settings,
+    drafter=settings.drafter,
+    verifier=verifier,
+    rows=settings.rows,
+    capacity=settings.capacity,
+    cache=settings.cache,
+    prefill=settings.prefill,
+    kernels=settings.kernels,
+    adapter=settings.adapter,
+    **more,
+  )
   if more.get("executables") and generator.executables_problem:
     say(f"programs are compiled: {generator.executables_problem}")
   if verifier.partition(":")[0] == "simulated":

@@ -111,16 +111,7 @@ def main(settings: types.SimpleNamespace) -> None:
   hidden = _named("hide", settings.hide, layout)
   for _, name in hidden:
     layout.place(name)
-  launch.use_compilation_cache(settings.compilation_cache_dir)
-  from jaxspec.generator import Generator
-
-  with launch.progress("loading") as on_progress:
-    generator = Generator.load(
-      settings.model,
-      dtype=settings.dtype,
-      mesh=settings.mesh,
-      on_progress=on_progress,
-    )
+  generator = launch.load_model(settings)
   streams = _streams(settings, generator, hidden)
   with streams.open(
     prefix=settings.prefix,

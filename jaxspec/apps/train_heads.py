@@ -144,22 +144,16 @@ def main(settings: types.SimpleNamespace) -> None:
   """Teaches what the settings ask for."""
   course, made = _check(settings)
   folder = _open_folder(settings)
-  launch.use_compilation_cache(settings.compilation_cache_dir)
+  generator = launch.load_model(
+    settings,
+    adapter=settings.adapter,
+    rows=settings.answer_rows,
+    capacity=settings.longest + settings.answer_tokens,
+  )
   import jax
 
   from jaxspec import distillation, heads, training, tuning
-  from jaxspec.generator import Generator
 
-  with launch.progress("loading") as on_progress:
-    generator = Generator.load(
-      settings.model,
-      dtype=settings.dtype,
-      mesh=settings.mesh,
-      adapter=settings.adapter,
-      rows=settings.answer_rows,
-      capacity=settings.longest + settings.answer_tokens,
-      on_progress=on_progress,
-    )
   model = generator.model
   # Refused before hours of work, with any tokens.
   for text in settings.heads or ():

@@ -74,8 +74,7 @@ class LookupRows:
     last, _ = lines.pending
     known = run >= self.min_ngram
     tokens = jnp.where(known[..., None], tokens, last[..., None])
-    written = jnp.zeros(streams, bool).at[jnp.array(layout.written)].set(True)
-    writes = lines.open & written[None] & ~lines.queue.waits
+    writes = lines.open & layout.writes[None] & ~lines.queue.waits
     worth = jnp.any(writes & known, axis=1)
     if self.all:
       worth &= jnp.all(known | ~writes, axis=1)

@@ -140,6 +140,11 @@ class StreamLayout:
     return tuple(at for at, s in enumerate(self.streams) if s.written)
 
   @functools.cached_property
+  def writes(self) -> Bool[np.ndarray, "C"]:
+    """Whether the model writes each stream."""
+    return np.array([s.written for s in self.streams])
+
+  @functools.cached_property
   def leads(self) -> Int[np.ndarray, "C"]:
     return np.array([s.lead for s in self.streams], np.int32)
 

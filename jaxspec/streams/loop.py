@@ -16,13 +16,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from jaxspec import sampling
+from jaxspec.base import Request
 from jaxspec.caches.contiguous import ContiguousCache
 from jaxspec.streams import rows, state
 from jaxspec.streams.cache import StreamCache
 from jaxspec.streams.drafting import RowDrafter
 from jaxspec.streams.layout import StreamLayout
 from jaxspec.streams.model import StreamModel
-from jaxspec.streams.state import Lines, Queue, StreamRequest, StreamState
+from jaxspec.streams.state import Lines, Queue, StreamState
 
 
 @struct.dataclass
@@ -64,7 +65,7 @@ def init(model: StreamModel, layout: StreamLayout, inner: Any, *, room: int,
       Queue(zeros(streams, queue), zeros(streams), zeros(streams)),
       zeros(dtype=bool), zeros(), zeros(), ~zeros(dtype=bool),
       jnp.full((batch, streams, room), jnp.nan))
-  request = StreamRequest(
+  request = Request(
       sampling.defaults(batch * streams, biases),
       jnp.zeros(batch * streams, jnp.int32),
       jnp.full((batch * streams, stops), -1, jnp.int32),
@@ -133,7 +134,7 @@ def prefill(model: StreamModel, layout: StreamLayout,
 @functools.partial(jax.jit, static_argnames=("layout",),
                    donate_argnames=("batch",))
 def insert(layout: StreamLayout, batch: StreamState, at: Int[Array, "R"],
-           reading: Reading, request: StreamRequest,
+           reading: Reading, request: Request,
            open_: Bool[Array, "R C"], reserve: Int[Array, "R"]
            ) -> StreamState:
   """Begins sessions, held back until the host lets them go.
@@ -282,12 +283,12 @@ def settle(model: StreamModel, layout: StreamLayout, batch: StreamState,
     target: the last row that each session may get.
   """
   lines, request = batch.lines, batch.request
-  drafts = 0 if guesses is None else guesses.shape[1]
+  guessed = () if guesses is None else jnp.unstack(guesses, axis=1)
+  drafts = len(guessed)
   with jax.named_scope("propose"):
     chain = [lines.pending]
     ahead = lines
-    for guess in [] if guesses is None else [
-        guesses[:, depth] for depth in range(drafts)]:
+    for guess in guessed:
       ahead = state.advance(layout, ahead, request, guess,
                             jnp.zeros(lines.counts.shape))
       chain.append(ahead.pending)

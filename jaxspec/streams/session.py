@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import caches, sharding
+from jaxspec.base import Request
 from jaxspec.errors import InputError
 from jaxspec.kernels import choose, on
 from jaxspec.options import Options, as_request
@@ -192,8 +193,7 @@ class Streams:
                          "prefix_room larger")
       tokens, live = self._table(given or {})
       request = self._request(options, live)
-      open_ = np.array([[at in self.layout.written
-                         for at in range(self.layout.count)]])
+      open_ = self.layout.writes[None]
       height = _bucket(len(tokens), max(_CHUNK // self.layout.count, 1))
       width = _bucket(len(base), _CHUNK) if base else 0
       padded = np.zeros((1, width), np.int32)
@@ -265,7 +265,7 @@ class Streams:
       live[:] = True
     return tokens, live
 
-  def _request(self, options, live: np.ndarray) -> state.StreamRequest:
+  def _request(self, options, live: np.ndarray) -> Request:
     names = self.layout.names
     if options is None:
       options = self.defaults
@@ -279,11 +279,9 @@ class Streams:
       if own.stop:
         raise InputError(f"stream {name}: stop texts are not looked for in "
                          "streams; use stop_token_ids")
-    made = as_request(each, live.sum(axis=0).tolist(), self.eos_ids,
+    return as_request(each, live.sum(axis=0).tolist(), self.eos_ids,
                       vocab=self.model.backbone.vocab, stops=_STOPS,
                       biases=_BIASES)
-    return state.StreamRequest(made.sampling, made.limit, made.stops,
-                               made.wants_logprobs)
 
   def _advance(self, session: "Session", stride: int) -> bool:
     """Writes some rows for whoever asks; tells whether there may be more."""

@@ -11,29 +11,13 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec import sampling
+from jaxspec.base import Request
 from jaxspec.sampling import Sampling
 from jaxspec.streams.cache import StreamCache
 from jaxspec.streams.layout import StreamLayout
 
 # Folded into a key before the id of a stream; no position is so large.
 _STREAM = 2**32 - 3
-
-
-@struct.dataclass
-class StreamRequest:
-  """What a session was asked for, stream by stream (B C, flattened).
-
-  Attributes:
-    limit: most tokens of each stream that is written, what it was given
-      included; behind it the stream is closed.
-    stops: token ids that end a stream; -1 where there is none.
-    wants_logprobs: whether log-probabilities are recorded.
-  """
-
-  sampling: Sampling
-  limit: Int[Array, "BC"]
-  stops: Int[Array, "BC E"]
-  wants_logprobs: Bool[Array, "BC"]
 
 
 @struct.dataclass
@@ -106,6 +90,8 @@ class StreamState:
   """Everything the loop carries.
 
   Attributes:
+    request: what was asked for, stream by stream: each is to it what a row is
+      in ordinary decoding (B C, flattened).
     base: tokens of each session's prefix.
     last: the top of the residual stream at the last row that was fed, for
       heads that look ahead.
@@ -117,7 +103,7 @@ class StreamState:
 
   lines: Lines
   cache: StreamCache
-  request: StreamRequest
+  request: Request
   base: Int[Array, "B"]
   last: Float[Array, "B C D"]
   paused: Bool[Array, "B"]
@@ -128,16 +114,14 @@ class StreamState:
 
 def going(layout: StreamLayout, lines: Lines) -> Bool[Array, "B"]:
   """Sessions that have something to read or to write, and room for it."""
-  written = jnp.zeros(layout.count, bool).at[jnp.array(layout.written)].set(
-      True)
-  busy = jnp.any(lines.open & written[None], axis=1)
+  busy = jnp.any(lines.open & layout.writes[None], axis=1)
   if layout.quiet:
     busy &= lines.hush < layout.quiet
   busy |= jnp.any(lines.queue.waits, axis=1)
   return busy & ~lines.ended & (lines.row + 1 < lines.room)
 
 
-def advance(layout: StreamLayout, lines: Lines, request: StreamRequest,
+def advance(layout: StreamLayout, lines: Lines, request: Request,
             drawn: Int[Array, "B C"], logprobs: Float[Array, "B C"]) -> Lines:
   """The row that follows, if the model has drawn these tokens.
 
@@ -148,7 +132,7 @@ def advance(layout: StreamLayout, lines: Lines, request: StreamRequest,
   """
   sessions, streams = lines.counts.shape
   queue = lines.queue
-  written = jnp.zeros(streams, bool).at[jnp.array(layout.written)].set(True)
+  written = jnp.asarray(layout.writes)
   reads = queue.waits
   writes = lines.open & written[None] & ~reads
   tokens = jnp.where(reads, queue.next, drawn)
@@ -189,7 +173,7 @@ def advance(layout: StreamLayout, lines: Lines, request: StreamRequest,
       ended=lines.ended | jnp.any(ends & whole[None], axis=1))
 
 
-def draw(layout: StreamLayout, lines: Lines, request: StreamRequest,
+def draw(layout: StreamLayout, lines: Lines, request: Request,
          logits: Float[Array, "B W V"], positions: Int[Array, "B C"]
          ) -> tuple[Int[Array, "B C"], Float[Array, "B C"]]:
   """Samples behind the last row, one for each stream that is written.

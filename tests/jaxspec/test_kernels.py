@@ -8,8 +8,6 @@ decoding that is compiled for a TPU calls every op's kernel, on one device and
 on four, with its caches in place.
 """
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +23,7 @@ from jaxspec.heads import ExitHead
 from jaxspec.models.transformer import Transformer, abstract_source
 from jaxspec.options import Options
 from jaxspec.verifiers.exact import exact
-from pallas_kernels import target
+from pallas_kernels import errors, target
 from tests.jaxspec import batches
 from tests.jaxspec.test_memory import LLAMA_3_8B, placed, scalar
 
@@ -62,6 +60,12 @@ def test_a_shape_that_a_kernel_asked_for_does_not_take_is_explained():
 slow = pytest.mark.slow
 
 
+def test_a_table_of_blocks_that_is_none_is_explained():
+  with pytest.raises(InputError, match="^x.json is no JSON"), (
+      kernels.on(sharding.make_mesh(), None)):
+    raise errors.InputError("x.json is no JSON")
+
+
 @pytest.mark.parametrize("drafter, cache", [
     ("exit", "contiguous"), ("prompt_lookup", "paged:page=8"),
     ("autoregressive", "window"),
@@ -87,16 +91,10 @@ def test_interpreted_kernels_give_the_same_text(
 
 
 @pytest.fixture(scope="module")
-def chips():
+def chips(tpu_compiler):
   """Four of v5e, which are not there."""
-  if importlib.util.find_spec("libtpu") is None:
-    pytest.skip("pip install jax[tpu] for the TPU compiler")
-  # Programs compiled for a device that is not there cannot be read back.
-  cache = jax.config.jax_enable_compilation_cache
-  jax.config.update("jax_enable_compilation_cache", False)
-  yield topologies.get_topology_desc(platform="tpu",
-                                     topology_name="v5e:2x2").devices
-  jax.config.update("jax_enable_compilation_cache", cache)
+  return topologies.get_topology_desc(platform="tpu",
+                                      topology_name="v5e:2x2").devices
 
 
 @pytest.mark.parametrize("sizes, drafter", [

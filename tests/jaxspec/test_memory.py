@@ -9,7 +9,6 @@ stored (`jaxspec/models/transformer.py`).
 """
 
 import functools
-import importlib.util
 import re
 
 import jax
@@ -116,16 +115,10 @@ def test_smollm2_in_half_precision_on_a_cpu(drafter):
 
 
 @pytest.fixture(scope="module")
-def v5e():
-  if importlib.util.find_spec("libtpu") is None:
-    pytest.skip("pip install jax[tpu] for the TPU compiler")
-  # Programs compiled for a device that is not there cannot be read back.
-  cache = jax.config.jax_enable_compilation_cache
-  jax.config.update("jax_enable_compilation_cache", False)
+def v5e(tpu_compiler):
   topology = topologies.get_topology_desc(platform="tpu",
                                           topology_name="v5e:2x2")
-  yield sharding.make_mesh({"tensor": 4}, topology.devices)
-  jax.config.update("jax_enable_compilation_cache", cache)
+  return sharding.make_mesh({"tensor": 4}, topology.devices)
 
 
 @pytest.mark.parametrize("drafter", [

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every case of every op: compiled for real chips, and counted."""
 
-import importlib.util
 import pathlib
 import zlib
 
@@ -30,14 +29,9 @@ def by_day(case, topology):
 
 
 @pytest.fixture(scope="module")
-def device():
+def device(tpu_compiler):
   """A device of a topology, by its name."""
-  if importlib.util.find_spec("libtpu") is None:
-    pytest.skip("pip install jax[tpu] for the TPU compiler")
-  cache = jax.config.jax_enable_compilation_cache
-  jax.config.update("jax_enable_compilation_cache", False)
-  yield compiling.device
-  jax.config.update("jax_enable_compilation_cache", cache)
+  return compiling.device
 
 
 @pytest.mark.parametrize("case, topology", [

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec.base import Request
 from jaxspec.caches.contiguous import ContiguousCache
 from jaxspec.options import Options, as_request
 from jaxspec.streams import loop, rows, state
@@ -52,15 +53,13 @@ def pad(x: np.ndarray, height: int) -> np.ndarray:
 
 
 def requests(layout: StreamLayout, tables: Sequence[np.ndarray],
-             options: Options | Sequence[Options]) -> state.StreamRequest:
+             options: Options | Sequence[Options]) -> Request:
   """One request a stream of each session."""
   if isinstance(options, Options):
     options = [options] * len(tables)
   each = [o for o in options for _ in range(layout.count)]
   lengths = [int(n) for live in tables for n in live.sum(axis=0)]
-  made = as_request(each, lengths, (), vocab=64, stops=STOPS, biases=4)
-  return state.StreamRequest(made.sampling, made.limit, made.stops,
-                             made.wants_logprobs)
+  return as_request(each, lengths, (), vocab=64, stops=STOPS, biases=4)
 
 
 def empty(model: StreamModel, layout: StreamLayout, sessions: int, *,

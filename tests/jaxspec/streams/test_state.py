@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxspec import sampling
+from jaxspec.base import Request
 from jaxspec.streams import layout as layouts
 from jaxspec.streams import state
 from jaxspec.streams.layout import Stream, StreamLayout
@@ -54,7 +55,7 @@ def lines(layout, *, row=0, open_=(False, True), waits=0, **changes):
 
 
 def request(stop=-1, limit=6):
-  return state.StreamRequest(
+  return Request(
       sampling.defaults(2, 1), jnp.full(2, limit, jnp.int32),
       jnp.full((2, 1), stop, jnp.int32), jnp.zeros(2, bool))
 
