@@ -86,8 +86,7 @@ class Generator:
       capacity: None takes 2048, or the model's context where that is shorter.
       cache: text for `caches.parse`, e.g. `paged:page=64,pages=100`. Prompts
         wait where a cache has no room for them yet.
-      cache_dtype: of keys and values. None takes the model's own, but float32
-        on a CPU, where XLA converts a whole bfloat16 cache to write a row.
+      cache_dtype: of keys and values; None for what `caches.stored_in` says.
       prefill: `chunk_major` takes a prompt chunk by chunk through all layers;
         `layer_major` takes all of it through the lower layers first, so that
         a head there can say at once what may come first (see
@@ -115,10 +114,8 @@ class Generator:
     self.defaults = dict(defaults or {})
     if rows < 1:
       raise InputError(f"rows must be at least 1, got {rows}")
-    if cache_dtype is None:
-      on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-      cache_dtype = "float32" if on_cpu else model.embedding[...].dtype.name
-    self.cache_dtype = jnp.dtype(cache_dtype)
+    self.cache_dtype = caches.stored_in(
+        self.mesh, model.embedding[...].dtype, cache_dtype)
     self.verifier = (verifiers.parse(verifier) if isinstance(verifier, str)
                      else verifier)
     self._drafter_name = (drafter if isinstance(drafter, str)

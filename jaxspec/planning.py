@@ -244,9 +244,7 @@ class Blueprint:
     sharding.check(mesh, kv_heads=config.kv_heads, mlp=config.mlp,
                    **({"experts": config.experts} if config.experts else {}))
     dtype = jnp.dtype(setup.dtype)
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    self.cache_dtype = jnp.dtype(
-        setup.cache_dtype or ("float32" if on_cpu else dtype))
+    self.cache_dtype = caches.stored_in(mesh, dtype, setup.cache_dtype)
     self.verifier = verifiers.parse(setup.verifier)
     self._target = choose(setup.kernels, mesh)
     self.model = Transformer(config, abstract_source(dtype, mesh))

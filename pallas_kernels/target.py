@@ -38,6 +38,12 @@ class Target:
   implementation: str | tuple[str, ...] | None = None
   interpret: Any = False
 
+  @property
+  def cores(self) -> int:
+    """TensorCores that are one device: a kernel's grid can be split over them.
+    """
+    return 2 if self.kind in ("TPU v4", "TPU v5", "TPU v5p") else 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:

@@ -14,6 +14,9 @@ import inspect
 import pkgutil
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from jaxspec import naming
 from jaxspec.caches.fresh import Cache as Cache
 from jaxspec.caches.fresh import Fresh as Fresh
@@ -30,6 +33,20 @@ def kinds() -> dict[str, Any]:
     if kind is not None:
       found[name] = kind
   return found
+
+
+def stored_in(mesh: Any, weights: Any, wanted: str | None = None
+              ) -> np.dtype:
+  """The dtype of keys and values on a mesh.
+
+  Args:
+    weights: the model's own, which is taken but on a CPU, where XLA would
+      convert a whole bfloat16 cache to write a row.
+    wanted: goes before.
+  """
+  if wanted is None and mesh.devices.flat[0].platform == "cpu":
+    wanted = "float32"
+  return jnp.dtype(wanted or weights)
 
 
 def parse(text: str) -> tuple[Any, dict[str, int]]:

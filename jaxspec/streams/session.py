@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxspec import caches, sharding
@@ -123,11 +122,8 @@ class Streams:
     self._target = choose(kernels, self.mesh)
     self._drafter = (drafting.parse(drafter, model)
                      if isinstance(drafter, str) else drafter)
-    if cache_dtype is None:
-      on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-      cache_dtype = ("float32" if on_cpu
-                     else model.backbone.embedding[...].dtype.name)
-    self._dtype = jnp.dtype(cache_dtype)
+    self._dtype = caches.stored_in(
+        self.mesh, model.backbone.embedding[...].dtype, cache_dtype)
     kind, options = caches.parse(cache)
     if not hasattr(kind, "capacity"):
       raise InputError(f"cache {cache!r} forgets what is behind a window, and "

@@ -125,8 +125,7 @@ def _plan(query_shape, key_shape, dtype, slots, paged, scales, target):
                               "at most 512; use 'xla'")
   share = heads // groups
   # Where two TensorCores are one device, each takes half of the heads.
-  cores = 2 if target.kind in ("TPU v4", "TPU v5", "TPU v5p") and (
-      groups % 2 == 0) else 1
+  cores = target.cores if groups % target.cores == 0 else 1
   most = groups // cores
   together = max(n for n in range(1, most + 1)
                  if most % n == 0 and (n == 1 or n * tokens * share <= _ROWS))

@@ -141,9 +141,7 @@ def _guess(target, rows, vocab, width, itemsize):
   tile = min((4 << 20) // (width * itemsize), (128 << 10) // max(rows, 16),
              vocab // 4, _SPAN)
   tile = 1 << max(7, tile.bit_length() - 1)
-  # The two cores of these are one device.
-  cores = 2 if target.kind in ("TPU v4", "TPU v5", "TPU v5p") else 1
-  return tile, min(cores, pl.cdiv(vocab, tile))
+  return tile, min(target.cores, pl.cdiv(vocab, tile))
 
 
 def _turned(vocab: int, width: int) -> bool:
