@@ -13,6 +13,13 @@ os.environ.update(
     ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_LOG_DIR="disabled",
     TPU_MIN_LOG_LEVEL="3", TPU_STDERR_LOG_LEVEL="3")
 
+# Nearly all the time of the tests is XLA's compiler for CPUs, which takes less
+# than half of it with its older emitter of fusions and one module a program.
+os.environ["XLA_FLAGS"] = " ".join((
+    os.environ.get("XLA_FLAGS", ""), "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_cpu_prefer_vector_width=128"))
+
 import jax
 import numpy as np
 import pytest
