@@ -440,7 +440,9 @@ def _settle(state: DecodeState, at: Int[Array, "stages B"],
       worked=flow.worked + jnp.sum(taken, axis=0),
       wasted=flow.wasted + jnp.where(drained, jnp.sum(spent, axis=0), 0))
   length = seq.length + kept
-  judged, was_right = ahead.astype(jnp.int32), right.astype(jnp.int32)
+  # A guess of the last token of a text saves no tick, however right.
+  judged, was_right = (
+      (x & ~done).astype(jnp.int32) for x in (ahead, right))
   c = state.counters
   counters = Counters(
       c.passes + kept, c.nodes + judged, c.drafted + judged[:, None],

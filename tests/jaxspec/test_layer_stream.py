@@ -240,6 +240,11 @@ def test_a_head_that_knows_or_never_does(attention):
     # The last token needs no keys, so that nothing is guessed behind it.
     assert np.asarray(state.draft.wasted).any() == bool(shift)
     check_account(stages, state)
+    end = cycles.recited(prompts[0], 24)[10]
+    state = stages.run(
+        prompts, dataclasses.replace(GREEDY, stop_token_ids=(end,)))
+    assert len(batches.answers(state)[0]) == 11
+    check_account(stages, state)        # the guess of an end is none
 
 
 @pytest.mark.slow
