@@ -47,6 +47,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> Mesh:
     if size < 1:
       raise InputError(f"mesh axis {name} must be at least 1, got {size}")
   shape = [sizes.get(name, 1) for name in MESH_AXES]
+  mine = devices is None         # those of a plan are nobody's yet
   devices = list(jax.devices() if devices is None else devices)
   wanted = math.prod(shape)
   if wanted > len(devices):
@@ -54,7 +55,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> Mesh:
         f"mesh {sizes} needs {wanted} devices, found {len(devices)}; "
         "use a smaller mesh")
   whole = {d.process_index for d in devices}
-  if {d.process_index for d in devices[:wanted]} != whole:
+  if mine and {d.process_index for d in devices[:wanted]} != whole:
     raise InputError(
         f"mesh {sizes} has no device of some of the {len(whole)} processes; "
         f"spread it over all {len(devices)} devices, as data={len(whole)},"
