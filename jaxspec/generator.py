@@ -186,9 +186,10 @@ class Generator:
       self._recall_costs()
     self._busy = False
     self.drift = DriftMonitor()
-    self._init = jax.jit(lambda: loop.init(
-        self.model, self.drafter, new_cache(), capacity=self.capacity,
-        stops=STOPS, biases=BIASES))
+    init = jax.jit(lambda model, drafter: loop.init(
+        model, drafter, new_cache(), capacity=self.capacity, stops=STOPS,
+        biases=BIASES))
+    self._init = lambda: init(self.model, self.drafter)
     self._state: DecodeState | None = None
 
   def _take_executables(self, folder: str, drafter: str | Drafter, cache: str,
