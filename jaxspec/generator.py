@@ -437,7 +437,7 @@ class Generator:
       ledger = pacing.ledger()
       costs = ledger and self._work and ledger.read(
           self._work, len(self.drafter.sizes))
-      return None if costs is None else costs.tolist()
+      return None if costs is None else np.asarray(costs).tolist()
 
     costs = hosts.agree(noted)
     if costs is None:

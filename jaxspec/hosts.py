@@ -183,9 +183,9 @@ class _Watch:
     self._lock = threading.Lock()
     self._lines: list[socket.socket] = []
     self._left = False
-    client: Any = distributed.global_state.client
-    host = distributed.global_state.coordinator_address.rpartition(":")[0]
-    host = host.strip("[]")
+    job: Any = distributed.global_state
+    client = job.client
+    host = job.coordinator_address.rpartition(":")[0].strip("[]")
     self._me = _name(index(), socket.gethostname(), os.getpid())
     key = "jaxspec/line"
     if index() == 0:
