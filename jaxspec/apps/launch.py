@@ -69,8 +69,14 @@ def run(app: types.ModuleType, argv: Sequence[str]) -> int:
       return 0
     if not _joins(settings):
       return app.main(settings) or 0
-    hosts = _join(settings)
-    return hosts.together(lambda: guard(lambda: app.main(settings) or 0))
+    _join(settings)
+    from jaxspec import hosts
+
+    def main() -> int:
+      _check_alike(settings)
+      return app.main(settings) or 0
+
+    return hosts.together(lambda: guard(main))
 
   return guard(body)
 
@@ -501,8 +507,8 @@ def _joins(settings: types.SimpleNamespace) -> bool:
   return any(getattr(settings, name, None) is not None for name in _JOB)
 
 
-def _join(settings: types.SimpleNamespace) -> types.ModuleType:
-  """Meets the other processes, and checks that they were told the same."""
+def _join(settings: types.SimpleNamespace) -> None:
+  """Meets the other processes."""
   where = settings.coordinator
   missing = [name for name in _JOB[1:] if getattr(settings, name) is None]
   if settings.distributed is None and missing:
@@ -523,6 +529,12 @@ def _join(settings: types.SimpleNamespace) -> types.ModuleType:
   from jaxspec import hosts
 
   hosts.join(where, settings.processes, settings.process)
+
+
+def _check_alike(settings: types.SimpleNamespace) -> None:
+  """Refuses what the first process was not told."""
+  from jaxspec import hosts
+
   mine = {k: str(v) for k, v in vars(settings).items() if k not in _OWN}
   for name, value in hosts.agree(lambda: mine).items():
     if mine.get(name) != value:
@@ -530,7 +542,6 @@ def _join(settings: types.SimpleNamespace) -> types.ModuleType:
         f"--{name}={mine.get(name)} differs from the {value} of process 0; "
         "give all processes the same flags"
       )
-  return hosts
 
 
 def is_first(settings: types.SimpleNamespace) -> bool:

@@ -219,6 +219,15 @@ def test_who_is_killed_is_named_by_all(tmp_path):
   assert {(tmp_path / f"heard-{i}").read_text() for i in range(3)} == {"0"}
 
 
+def test_processes_that_were_told_unlike_things_stop(tmp_path, model):
+  argv = decoding(tmp_path, model, "tensor=2", 1)
+  with Job(tmp_path, 2, 1, lambda coordinator, processes, process: [
+      *argv(coordinator, processes, process), f"--seed={process}"]) as job:
+    assert [job.wait(i) for i in (0, 1)] == [hosts.LOST, 2], job.said(0)
+    assert "--seed=1 differs from the 0 of process 0" in job.said(1)
+    assert f"pid {job.processes[1].pid}) ended with status 2" in job.said(0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim, how", [
     (1, signal.SIGKILL), (1, signal.SIGTERM), (0, signal.SIGKILL)])
