@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxspec import hosts
 from jaxspec.errors import InputError
 from jaxspec.models.transformer import Transformer
 
@@ -44,7 +45,7 @@ def fingerprint(model: Transformer) -> str:
   for weight in weights:
     value = weight[...]
     some = tuple(rng.integers(0, size, 64) for size in value.shape)
-    value = np.asarray(value[some].astype(jnp.bfloat16).astype(jnp.float32))
+    value = hosts.fetch(value[some].astype(jnp.bfloat16).astype(jnp.float32))
     found.update(value.astype("<f4").tobytes())
   return found.hexdigest()[:32]
 

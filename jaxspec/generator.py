@@ -24,6 +24,7 @@ import numpy as np
 from jaxspec import (
   caches,
   drafters,
+  hosts,
   layer_stream,
   loop,
   naming,
@@ -125,6 +126,9 @@ class Generator:
     # Prompts are read and rows decoded by this; layer_stream has its own.
     self._loop: Any = loop
     if str(drafter).partition(":")[0] == "layer_stream":
+      if hosts.count() > 1:
+        raise InputError("layer_stream is for the devices of one process, got "
+                         f"{hosts.count()} processes; use mesh data or tensor")
       self._loop = layer_stream
       self.model, self.drafter = self._stages(str(drafter))
     elif (stages := self.mesh.shape.get("stage", 1)) > 1:
@@ -182,9 +186,10 @@ class Generator:
       self._recall_costs()
     self._busy = False
     self.drift = DriftMonitor()
-    self._init = jax.jit(lambda: loop.init(
-        self.model, self.drafter, new_cache(), capacity=self.capacity,
-        stops=STOPS, biases=BIASES))
+    init = jax.jit(lambda model, drafter: loop.init(
+        model, drafter, new_cache(), capacity=self.capacity, stops=STOPS,
+        biases=BIASES))
+    self._init = lambda: init(self.model, self.drafter)
     self._state: DecodeState | None = None
 
   def _take_executables(self, folder: str, drafter: str | Drafter, cache: str,
@@ -340,9 +345,7 @@ class Generator:
         if emission.settled:
           yield from answer.take(_View(state), 0)
         else:
-          count = int(emission.count[0])
-          drafted = np.asarray(emission.tokens)[0, :count].tolist()
-          yield from answer.guess(drafted)
+          yield from answer.guess(_drafted(emission))
       self.drift.add(answer.completion.stats)
       with self._here():
         self._state = self._programs.release(state, np.ones(self.rows, bool))
@@ -359,10 +362,9 @@ class Generator:
     while seen.proposal is None:
       with self._here():       # not while the caller has control
         emission, seen = next(steps)
-        count = int(emission.count[0])
-        drafted = np.asarray(emission.tokens)[0, :count].tolist()
-      if count > shown:
-        shown = count
+        drafted = _drafted(emission)
+      if len(drafted) > shown:
+        shown = len(drafted)
         yield from answer.guess(drafted)
     with self._here():
       state, _ = self._open(state, rows, seen)
@@ -418,9 +420,11 @@ class Generator:
       return decode(self.drafter.replace(forced=forced), state, steps)
 
     state = self._meter.measure(
-        at_width, lambda state: state.counters.passes, state)
+        at_width, lambda state: hosts.fetch(state.counters.passes), state)
     if self._meter.known:
-      costs, self._meter = self._meter.costs, None
+      meter, self._meter = self._meter, None
+      # Clocks differ, and where widths did hosts would run unlike programs.
+      costs = np.array(hosts.agree(meter.costs.tolist), np.float32)
       self.drafter = self.drafter.replace(costs=jnp.asarray(costs))
       ledger = pacing.ledger()
       if ledger and self._work:
@@ -429,13 +433,17 @@ class Generator:
 
   def _recall_costs(self) -> None:
     """What an earlier run measured; or else this one has to."""
-    ledger, costs = pacing.ledger(), None
-    if ledger and self._work:
-      costs = ledger.read(self._work, len(self.drafter.sizes))
+    def noted():
+      ledger = pacing.ledger()
+      costs = ledger and self._work and ledger.read(
+          self._work, len(self.drafter.sizes))
+      return None if costs is None else np.asarray(costs).tolist()
+
+    costs = hosts.agree(noted)
     if costs is None:
       self._meter = Meter(len(self.drafter.sizes))
     else:
-      self.drafter = self.drafter.replace(costs=jnp.asarray(costs))
+      self.drafter = self.drafter.replace(costs=jnp.asarray(costs, jnp.float32))
 
   def _name_work(self, cache: str) -> str:
     """Whatever the cost of a pass depends on."""
@@ -657,10 +665,16 @@ class _View:
   def __init__(self, state: DecodeState):
     seq = state.seq
     (self.tokens, self.length, self.prompt_length, self.done, self.logprobs,
-     counters) = jax.device_get(
+     counters) = hosts.fetch(
          (seq.tokens, seq.length, seq.prompt_length, state.done,
           state.logprobs, vars(state.counters)))
     self.counters = types.SimpleNamespace(**counters)
+
+
+def _drafted(emission: Emission) -> list[int]:
+  """What may be shown of the first row."""
+  tokens, count = hosts.fetch((emission.tokens, emission.count))
+  return tokens[0, :count[0]].tolist()
 
 
 def buckets(capacity: int) -> list[int]:

@@ -47,12 +47,19 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> Mesh:
     if size < 1:
       raise InputError(f"mesh axis {name} must be at least 1, got {size}")
   shape = [sizes.get(name, 1) for name in MESH_AXES]
+  mine = devices is None         # those of a plan are nobody's yet
   devices = list(jax.devices() if devices is None else devices)
   wanted = math.prod(shape)
   if wanted > len(devices):
     raise InputError(
         f"mesh {sizes} needs {wanted} devices, found {len(devices)}; "
         "use a smaller mesh")
+  whole = {d.process_index for d in devices}
+  if mine and {d.process_index for d in devices[:wanted]} != whole:
+    raise InputError(
+        f"mesh {sizes} has no device of some of the {len(whole)} processes; "
+        f"spread it over all {len(devices)} devices, as data={len(whole)},"
+        f"tensor={len(devices) // len(whole)}")
   return Mesh(np.array(devices[:wanted]).reshape(shape), MESH_AXES,
               axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
@@ -73,9 +80,24 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...],
 
 
 def place(array: Any, axes: tuple[str | None, ...], mesh: Mesh) -> jax.Array:
-  """Puts a host array straight into its shards."""
-  return jax.device_put(
-      array, NamedSharding(mesh, spec(axes, array.shape, mesh)))
+  """Puts an array straight into its shards.
+
+  Args:
+    array: on the host, or on disk: it has a shape, and its parts are asked
+      for, each once. A process asks for those of its own devices alone.
+  """
+  where = NamedSharding(mesh, spec(axes, array.shape, mesh))
+  if isinstance(array, jax.Array):
+    return jax.device_put(array, where)
+  parts: dict[Any, np.ndarray] = {}
+
+  def part(index):
+    key = tuple(s.indices(n) for s, n in zip(index, array.shape))
+    if key not in parts:
+      parts[key] = np.asarray(array[index])
+    return parts[key]
+
+  return jax.make_array_from_callback(array.shape, where, part)
 
 
 def current() -> Any:

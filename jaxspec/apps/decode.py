@@ -6,6 +6,9 @@
 
 The answer to one prompt streams to stdout; --prompts and --output read and
 write one JSON object a prompt. What speculation gave goes to stderr.
+
+Started on every host of a slice or cluster with --distributed=auto, the
+processes decode together over one --mesh; the first reads, writes and prints.
 """
 
 import dataclasses
@@ -226,19 +229,22 @@ def define_flags(values: flags.FlagValues) -> None:
   )
   launch.define_generator_flags(values)
   launch.define_sampling_flags(values)
+  launch.define_hosts_flags(values)
 
 
 def main(settings: types.SimpleNamespace) -> None:
   """Decodes what the settings ask for."""
-  prompts, tasks = read_prompts(settings)
+  prompts, tasks = launch.agree(settings, lambda: read_prompts(settings))
   results = _open_results(settings, prompts)
   if results is None:
-    launch.say(f"{settings.output} is complete: nothing to do")
+    if launch.is_first(settings):
+      launch.say(f"{settings.output} is complete: nothing to do")
     return
   try:
     generator = launch.load_generator(settings)
     options = launch.sampling_options(generator, settings)
-    _say_defaults(options, settings)
+    if launch.is_first(settings):
+      _say_defaults(options, settings)
     if settings.prompts is None:
       _decode_one(generator, prompts[0], options, settings, results)
     else:
@@ -347,6 +353,8 @@ def _decode_one(
   from jaxspec import profiling
 
   show = _shower(settings)
+  # A terminal decides which programs run.
+  held = launch.agree(settings, lambda: _holds(settings))
   completion = None
   try:
     with (
@@ -354,8 +362,7 @@ def _decode_one(
       profiling.count_compiles() as compiles,
     ):
       for event in generator.stream(
-        prompt, options, chat=settings.chat,
-        hold_until_settled=_holds(settings),
+        prompt, options, chat=settings.chat, hold_until_settled=held
       ):
         show(event)
         completion = event.completion or completion
@@ -367,7 +374,8 @@ def _decode_one(
   _count(completion.stats, compiles)
   results.add(0, completion)
   results.finish()
-  print(completion.stats.line(), file=sys.stderr, flush=True)
+  if launch.is_first(settings):
+    print(completion.stats.line(), file=sys.stderr, flush=True)
 
 
 def _decode_many(
@@ -406,6 +414,8 @@ def _decode_many(
   results.finish()
   whole = metrics.total([c.stats for c in completions], wall_seconds=wall)
   _count(whole, compiles)
+  if not launch.is_first(settings):
+    return
   print(whole.line(), file=sys.stderr, flush=True)
   if any(tasks) or generator.drift.alarms:
     for line in generator.drift.lines():
@@ -421,6 +431,10 @@ _NOT_IDENTITY = (
   "compilation_cache_dir",
   "executables",
   "prompts",
+  "distributed",
+  "coordinator",
+  "processes",
+  "process",
   "emit",
   "hold_until_settled",
   "first_tokens",
@@ -431,7 +445,21 @@ _NOT_IDENTITY = (
 def _open_results(
   settings: types.SimpleNamespace, prompts: Sequence[Prompt]
 ) -> Results | None:
-  """Returns where results go, or None where all of them are there already."""
+  """Returns where results go, or None where all of them are there already.
+
+  Only the first process keeps any; the others know which there are.
+  """
+  if not launch.is_first(settings):
+    finished = launch.agree(settings, lambda: None)
+    return None if finished is None else Results(dict.fromkeys(finished, {}))
+  results = _open_own_results(settings, prompts)
+  launch.agree(settings, lambda: results and list(results.finished))
+  return results
+
+
+def _open_own_results(
+  settings: types.SimpleNamespace, prompts: Sequence[Prompt]
+) -> Results | None:
   if settings.output is None:
     return Results() if settings.prompts is None else _Lines()
   count = len(prompts)

@@ -99,6 +99,7 @@ class Journal:
   def _append(self, line: Mapping[str, Any]) -> None:
     self._file.write(_dumps(line))
     self._file.flush()
+    os.fsync(self._file.fileno())
 
   def _read(self, header: Mapping[str, Any]) -> None:
     """Loads the partial file, whose last line may have been cut short."""

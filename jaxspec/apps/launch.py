@@ -12,6 +12,7 @@ flag's default; None means "not set".
 
 import contextlib
 import os
+import re
 import stat
 import sys
 import types
@@ -64,7 +65,18 @@ def run(app: types.ModuleType, argv: Sequence[str]) -> int:
 
   def body() -> int:
     settings = parse(app, argv)
-    return 0 if settings is None else app.main(settings) or 0
+    if settings is None:
+      return 0
+    if not _joins(settings):
+      return app.main(settings) or 0
+    _join(settings)
+    from jaxspec import hosts
+
+    def main() -> int:
+      _check_alike(settings)
+      return app.main(settings) or 0
+
+    return hosts.together(lambda: guard(main))
 
   return guard(body)
 
@@ -228,6 +240,31 @@ def define_generator_flags(values: flags.FlagValues) -> None:
   )
   flags.DEFINE_string(
     "profile_dir", None, "write an XProf trace there", flag_values=values
+  )
+
+
+def define_hosts_flags(values: flags.FlagValues) -> None:
+  """Defines the flags with which several processes find each other."""
+  flags.DEFINE_enum(
+    "distributed",
+    None,
+    ["auto"],
+    "auto: this is one of several processes that decode together, one a host, "
+    "started by what jax knows: a TPU pod slice, Slurm, Open MPI, Kubernetes",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "coordinator",
+    None,
+    "elsewhere, HOST:PORT of the first of these processes, the same for all; "
+    "with --processes and --process",
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "processes", None, "how many there are", flag_values=values
+  )
+  flags.DEFINE_integer(
+    "process", None, "which this is, from 0 on", flag_values=values
   )
 
 
@@ -457,6 +494,74 @@ def _strip(item: Any) -> Any:
   return item.strip() if isinstance(item, str) else item
 
 
+# One of several processes.
+
+_JOB = ("distributed", "coordinator", "processes", "process")
+# What may differ between processes: names of files, of which those of prompts
+# and results are looked at by the first alone.
+_OWN = ("process", "model", "adapter", "compilation_cache_dir", "profile_dir",
+        "prompt", "prompts", "output", "resume", "emit", "hold_until_settled")
+
+
+def _joins(settings: types.SimpleNamespace) -> bool:
+  return any(getattr(settings, name, None) is not None for name in _JOB)
+
+
+def _join(settings: types.SimpleNamespace) -> None:
+  """Meets the other processes."""
+  where = settings.coordinator
+  missing = [name for name in _JOB[1:] if getattr(settings, name) is None]
+  if settings.distributed is None and missing:
+    raise InputError(
+      "--coordinator, --processes and --process go together, and "
+      f"--{missing[0]} is missing; on a cluster that jax knows pass "
+      "--distributed=auto instead"
+    )
+  if where is not None and not re.fullmatch(r".+:\d+", where):
+    raise InputError(
+      f"--coordinator={where} must be HOST:PORT, as 10.0.0.2:8476"
+    )
+  if not missing and not 0 <= settings.process < settings.processes:
+    raise InputError(
+      f"--process={settings.process} must be in [0, {settings.processes - 1}],"
+      f" for --processes={settings.processes}"
+    )
+  from jaxspec import hosts
+
+  hosts.join(where, settings.processes, settings.process)
+
+
+def _check_alike(settings: types.SimpleNamespace) -> None:
+  """Refuses what the first process was not told."""
+  from jaxspec import hosts
+
+  mine = {k: str(v) for k, v in vars(settings).items() if k not in _OWN}
+  for name, value in hosts.agree(lambda: mine).items():
+    if mine.get(name) != value:
+      raise InputError(
+        f"--{name}={mine.get(name)} differs from the {value} of process 0; "
+        "give all processes the same flags"
+      )
+
+
+def is_first(settings: types.SimpleNamespace) -> bool:
+  """Whether this process is alone, or the one that reads, writes and tells."""
+  if not _joins(settings):
+    return True
+  from jaxspec import hosts
+
+  return hosts.index() == 0
+
+
+def agree(settings: types.SimpleNamespace, value: Callable[[], Any]) -> Any:
+  """What the first process says, see `jaxspec.hosts.agree`."""
+  if not _joins(settings):
+    return value()
+  from jaxspec import hosts
+
+  return hosts.agree(value)
+
+
 # Settings to a generator.
 
 
@@ -486,6 +591,9 @@ def load_generator(settings: types.SimpleNamespace) -> Generator:
       settings.first_tokens, settings.first_token_share
     )
   if settings.executables is not None:
+    if _joins(settings):
+      raise InputError("--executables are programs of one process; leave it "
+                       "out where several decode together")
     folder = os.path.expanduser(settings.executables)
     if not os.path.isdir(folder):
       raise InputError(f"--executables={settings.executables} is no folder; "

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every checkpoint gives: sizes, weights one by one, a tokenizer."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,8 +14,29 @@ from jaxspec.errors import InputError
 from jaxspec.models import weights
 from jaxspec.models.transformer import Config, Source
 
-# Places a host array on the mesh, by the logical names of its dimensions.
-Put = Callable[[np.ndarray, tuple[str | None, ...]], jax.Array]
+
+@dataclasses.dataclass(frozen=True)
+class Unread:
+  """A weight on disk, of which as much is read as is asked for.
+
+  Attributes:
+    shape: of all of it.
+    read: gives a part.
+  """
+
+  shape: tuple[int, ...]
+  read: Callable[[weights.Part], np.ndarray]
+
+  def __getitem__(self, part: weights.Part) -> np.ndarray:
+    return self.read(part)
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None
+                ) -> np.ndarray:
+    return np.array(self.read((slice(None),) * len(self.shape)), dtype)
+
+
+# Places a weight on the mesh, by the logical names of its dimensions.
+Put = Callable[[Unread, tuple[str | None, ...]], jax.Array]
 
 
 class Checkpoint:
@@ -31,8 +53,15 @@ class Checkpoint:
     self.config = config
     self.generation = generation
 
-  def weight(self, path: str) -> np.ndarray:
-    """Reads one weight, in the file's own dtype, and keeps no copy of it."""
+  def weight(
+      self, path: str, part: weights.Part | None = None
+  ) -> np.ndarray:
+    """Reads one weight, in the file's own dtype, and keeps no copy of it.
+
+    Args:
+      path: the transformer's name for it.
+      part: what to read of it; None for all.
+    """
     raise NotImplementedError
 
   def close(self) -> None:
@@ -69,7 +98,7 @@ class Checkpoint:
     """Returns what a `Transformer` is constructed from.
 
     Args:
-      put: places a host array on the mesh.
+      put: places a weight on the mesh, reading what it needs of it.
       dtype: of weights for which the transformer asks no dtype; None keeps the
         file's.
       like: shapes and shardings by path, when they are known in advance; a
@@ -80,20 +109,25 @@ class Checkpoint:
     own = dtype
 
     def source(path, shape, axes, dtype=None):
-      array = self._checked(path, tuple(shape))
-      if check_finite and not np.isfinite(array).all():
-        raise InputError(
-            f"{self.source_name}: weight {path!r} holds NaN or infinity;"
-            " fetch the checkpoint again."
-        )
+      self._check(path, tuple(shape))
       wanted = dtype if dtype is not None else own
-      if wanted is not None and array.dtype != np.dtype(wanted):
-        array = array.astype(wanted)
-      return put(array, axes)
+
+      def read(part):
+        array = self.weight(path, part)
+        if check_finite and not np.isfinite(array).all():
+          raise InputError(
+              f"{self.source_name}: weight {path!r} holds NaN or infinity;"
+              " fetch the checkpoint again."
+          )
+        if wanted is not None and array.dtype != np.dtype(wanted):
+          array = array.astype(wanted)
+        return array
+
+      return put(Unread(tuple(shape), read), axes)
 
     return source
 
-  def _checked(self, path: str, shape: tuple[int, ...]) -> np.ndarray:
+  def _check(self, path: str, shape: tuple[int, ...]) -> None:
     if path not in self.shapes:
       raise InputError(
           f"{self.source_name}: a {self.config.family} checkpoint has no weight"
@@ -105,7 +139,6 @@ class Checkpoint:
           f" the transformer asks for {shape}; build it from this checkpoint's"
           " config."
       )
-    return self.weight(path)
 
   @functools.cached_property
   def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -76,8 +76,12 @@ class Gguf(Checkpoint):
       raise InputError(f"{self.path}: {error}") from error
     super().__init__(source_name or str(path), config, generation)
 
-  def weight(self, path: str) -> np.ndarray:
-    return weights.assemble(path, self.config, _NAMES, self._read, self._has)
+  def weight(
+      self, path: str, part: weights.Part | None = None
+  ) -> np.ndarray:
+    return weights.assemble(
+        path, self.config, _NAMES, self._read, self._has, part
+    )
 
   def _tokenizer(self) -> Tokenizer | None:
     return gguf_tokenizer.build(self._header.values, str(self.path))
@@ -85,17 +89,25 @@ class Gguf(Checkpoint):
   def _has(self, name: str) -> bool:
     return name in self._header.tensors
 
-  def _read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+  def _read(
+      self, name: str, shape: tuple[int, ...], part: weights.Part
+  ) -> np.ndarray:
     tensor = self._header.tensors[name]
-    raw = self._header.data[tensor.start : tensor.start + tensor.size]
-    found = dequantize(raw, tensor.kind, shape, f"{self.path}: {name}")
-    if self.config.family not in ("llama", "mixtral"):
-      return found
-    if name.endswith("attn_q.weight"):
-      return _unpermute(found, self.config.heads)
-    if name.endswith("attn_k.weight"):
-      return _unpermute(found, self.config.kv_heads)
-    return found
+    first, rest = range(shape[0])[part[0]], part[1:]
+    if not rest:  # Blocks of numbers may begin and end within it.
+      first, rest = range(shape[0]), part
+    # Rows of a matrix are whole blocks; columns are cut from whole rows.
+    each = tensor.size // shape[0]
+    start = tensor.start + first.start * each
+    raw = self._header.data[start : start + len(first) * each]
+    found = dequantize(
+        raw, tensor.kind, (len(first), *shape[1:]), f"{self.path}: {name}"
+    )
+    if self.config.family in ("llama", "mixtral") and name.endswith(
+        ("attn_q.weight", "attn_k.weight")
+    ):
+      found = _unpermute(found, len(first) // self.config.head_size)
+    return found[(..., *rest)]
 
   def _shape_of(self, name: str) -> tuple[int, ...] | None:
     tensor = self._header.tensors.get(name)

@@ -96,9 +96,11 @@ class HuggingFace(Checkpoint):
       raise InputError(f"{self.folder}: {error}") from error
     self._refuse_unknown(used)
 
-  def weight(self, path: str) -> np.ndarray:
+  def weight(
+      self, path: str, part: weights.Part | None = None
+  ) -> np.ndarray:
     return weights.assemble(
-        path, self.config, self._names, self._read, self._has
+        path, self.config, self._names, self._read, self._has, part
     )
 
   def close(self) -> None:
@@ -111,16 +113,19 @@ class HuggingFace(Checkpoint):
   def _has(self, name: str) -> bool:
     return name in self._owner
 
-  def _read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+  def _read(
+      self, name: str, shape: tuple[int, ...], part: weights.Part
+  ) -> np.ndarray:
     del shape  # Checked when the files were opened.
     path, file = self._owner[name]
-    kind = file.get_slice(name).get_dtype()
+    stored = file.get_slice(name)
+    kind = stored.get_dtype()
     if kind not in _READABLE:
       raise InputError(
           f"{path}: tensor {name!r} has dtype {kind}; convert the checkpoint to"
           " F32, F16 or BF16."
       )
-    return file.get_tensor(name)
+    return stored[part]
 
   def _shape_of(self, name: str) -> tuple[int, ...] | None:
     if name not in self._owner:

@@ -109,12 +109,15 @@ class Orbax(Checkpoint):
             f" where {MARK} asks for {shape}; convert the model again."
         )
 
-  def weight(self, path: str) -> np.ndarray:
+  def weight(
+      self, path: str, part: weights.Part | None = None
+  ) -> np.ndarray:
     if path not in self._kinds:
       raise KeyError(path)
     # Host memory, wherever the arrays lay when they were saved.
     like = {path: np.empty(*self._kinds[path])}
-    return np.asarray(_load(self.folder / _WEIGHTS, like, self._kinds)[path])
+    found = np.asarray(_load(self.folder / _WEIGHTS, like, self._kinds)[path])
+    return found if part is None else found[part]
 
   def source(
       self,

@@ -10,7 +10,8 @@ the Hugging Face and GGUF formats, differ.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from jaxspec.errors import InputError
 from jaxspec.models.transformer import Config
 
 Shape = tuple[int, ...]
-# Gives the tensor of this name, which must have this shape.
-Read = Callable[[str, Shape], np.ndarray]
+# Of each dimension, from where to where.
+Part = tuple[slice, ...]
+# Gives a part of the tensor of this name, which must have this shape.
+Read = Callable[[str, Shape, Part], np.ndarray]
 Has = Callable[[str], bool]
 
 
@@ -161,26 +164,96 @@ def pieces(
 
 
 def assemble(
-    path: str, config: Config, names: Names, read: Read, has: Has
+    path: str,
+    config: Config,
+    names: Names,
+    read: Read,
+    has: Has,
+    part: Part | None = None,
 ) -> np.ndarray:
-  """Reads the weight called `path` from the tensors that make it."""
+  """Reads the weight called `path` from the tensors that make it.
+
+  Args:
+    part: what to read of it; no more of the tensors is read than it takes.
+  """
   found = pieces(path, config, names, has)
   shape = shapes(config)[path]
-  if len(found) == 1:
-    weight = read(found[0].name, found[0].shape).reshape(shape)
-    if path.endswith("norm") and names.norm_offset:
-      return weight.astype(np.float32) + np.float32(names.norm_offset)
-    return weight
+  part = part or (slice(None),) * len(shape)
+  spans = [range(size)[span] for size, span in zip(shape, part)]
   fused: np.ndarray | None = None
   for piece in found:
-    array = read(piece.name, piece.shape)
+    cut = _cut(piece, shape, spans)
+    if cut is None:
+      continue
+    array = read(piece.name, piece.shape, cut.read).reshape(cut.shape)[cut.keep]
+    if len(found) == 1:
+      if path.endswith("norm") and names.norm_offset:
+        return array.astype(np.float32) + np.float32(names.norm_offset)
+      return array
     if fused is None:
-      fused = np.empty(shape, array.dtype)
+      fused = np.empty([len(span) for span in spans], array.dtype)
     if fused.dtype != array.dtype:  # Quantized unlike each other.
       fused = fused.astype(np.float32, copy=False)
-    fused[piece.at] = array.reshape(fused[piece.at].shape)
+    fused[cut.to] = array
   assert fused is not None
   return fused
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+  """What a piece gives to a part of its weight.
+
+  Attributes:
+    read: of its tensor.
+    shape: of that, in the dimensions of the weight.
+    keep: of that; less than all where a part cannot be read alone.
+    to: where it stands in the part.
+  """
+
+  read: Part
+  shape: Shape
+  keep: Part
+  to: tuple[int | slice, ...]
+
+
+def _cut(piece: Piece, shape: Shape, spans: Sequence[range]) -> _Cut | None:
+  """Returns what `spans` of the weight take from a piece; None for nothing."""
+  at = piece.at if isinstance(piece.at, tuple) else (piece.at,)
+  at += (slice(None),) * (len(shape) - len(at))
+  to: list[int | slice] = []
+  sizes, wanted = [], []  # Of the dimensions in which the piece extends.
+  for size, span, where in zip(shape, spans, at):
+    own = range(size)[where if isinstance(where, slice) else slice(None)]
+    both = range(max(own.start, span.start), min(own.stop, span.stop))
+    if isinstance(where, int):
+      if where not in span:
+        return None
+      to.append(where - span.start)
+      continue
+    if not both:
+      return None
+    to.append(slice(both.start - span.start, both.stop - span.start))
+    sizes.append(len(own))
+    wanted.append(slice(both.start - own.start, both.stop - own.start))
+  # A dimension of the tensor is one or several of the weight's, of which the
+  # first can be cut where all of the others is wanted.
+  read, kept, seen = [], [], 0
+  for size in piece.shape:
+    end = seen + 1
+    while math.prod(sizes[seen:end]) != size:
+      end += 1
+    inner = math.prod(sizes[seen + 1 : end])
+    first, rest = wanted[seen], range(seen + 1, end)
+    if all(wanted[i] == slice(0, sizes[i]) for i in rest):
+      read.append(slice(first.start * inner, first.stop * inner))
+      sizes[seen] = first.stop - first.start
+      kept.append(slice(None))
+    else:
+      read.append(slice(0, size))
+      kept.append(first)
+    kept += [wanted[i] for i in rest]
+    seen = end
+  return _Cut(tuple(read), tuple(sizes), tuple(kept), tuple(to))
 
 
 def split(
