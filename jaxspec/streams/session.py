@@ -142,11 +142,14 @@ class Streams:
 
   @classmethod
   def of(cls, generator: Any, layout: StreamLayout | str, *,
-         embedding: str | Any = None, **options: Any) -> "Streams":
+         embedding: str | Any = None, model: StreamModel | None = None,
+         **options: Any) -> "Streams":
     """Takes model, tokenizer and mesh over from a `Generator`.
 
     Args:
       embedding: a table of stream embeddings, or a folder that holds one.
+      model: what its model has become, as `taught.load` gives it; no
+        `embedding` then.
       **options: see `__init__`.
     """
     if isinstance(embedding, str):
@@ -158,7 +161,9 @@ class Streams:
                          "folder, or none")
     options = dict(eos_ids=generator.eos_ids, mesh=generator.mesh,
                    defaults=generator.default_options()) | options
-    return cls(StreamModel(generator.model, embedding), layout,
+    if model is None:
+      model = StreamModel(generator.model, embedding)
+    return cls(model, layout,
                generator.tokenizer, **options)
 
   def open(self, *, prefix: Words = "",
