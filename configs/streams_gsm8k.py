@@ -24,6 +24,7 @@ def get_config(streams: str = "two") -> ml_collections.ConfigDict:
   # A token that was learnt once and is not part of any text.
   config.silence = "<filename>"
   config.layout = "reading"
+  config.steps = 400
   config.column = [f"assistant={_ANSWER}"]
   config.follow = ["assistant=user:8"]
   if streams == "three":

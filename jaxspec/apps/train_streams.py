@@ -89,11 +89,10 @@ def define_flags(values: flags.FlagValues) -> None:
        "been killed behind a step")
   real("rate", None, "highest learning rate; by default 1e-3, and 3e-5 for a "
        "whole model")
-  number("blocks", 2, "blocks of cells in a batch")
+  number("blocks", 1, "blocks of cells in a batch")
   number("cells", 512, "of a block; a table that has more is cut")
-  number("positions", 512, "cells of a batch that are learnt from at most")
-  real("silence_weight", 0.3, "how often a silence is learnt from, against any "
-       "other token")
+  number("positions", 320, "cells of a batch that are learnt from at most")
+  real("silence_share", 0.3, "of the silences, how many are learnt from")
   number("judged", 32, "held-out tables to judge by, at most")
   number("asked", 8, "of these, how many conversations the model goes through "
          "before and after")
@@ -104,11 +103,11 @@ def main(settings: types.SimpleNamespace) -> None:
   """Teaches what the settings ask for."""
   began = time.monotonic()
   _check(settings)
-  folder = runs.open_folder(settings, _MAY_CHANGE)
   import jax
 
   if settings.dtype is None and jax.default_backend() == "cpu":
     settings.dtype = "float32"  # It has no fast products of bfloat16.
+  folder = runs.open_folder(settings, _MAY_CHANGE)
   generator = launch.load_model(settings)
   from jaxspec import training, tuning
   from jaxspec.streams import teaching
@@ -125,7 +124,7 @@ def main(settings: types.SimpleNamespace) -> None:
     recipe = teaching.Recipe(
       layout=layout, steps=settings.steps, rate=settings.rate,
       blocks=settings.blocks, width=settings.cells, seed=settings.seed,
-      positions=settings.positions, silence=settings.silence_weight)
+      positions=settings.positions, silence=settings.silence_share)
     tints = teaching.Tints.init(model, layout)
     body = tuning.Whole(model)
     if settings.adapter_rank:
@@ -210,7 +209,7 @@ def _check(settings: types.SimpleNamespace) -> None:
   if settings.rate is None:
     settings.rate = 1e-3 if rank else 3e-5
   naming.number("train_streams", "rate", settings.rate, 0, 1)
-  naming.number("train_streams", "silence_weight", settings.silence_weight,
+  naming.number("train_streams", "silence_share", settings.silence_share,
                 0, 1)
   if settings.minutes is not None:
     naming.number("train_streams", "minutes", settings.minutes, 0, 1e6)
@@ -370,7 +369,7 @@ def _judge(settings: types.SimpleNamespace, generator: Generator,
   options = generator.default_options(temperature=0.0, max_new_tokens=room)
   tables = delay.converse(streams, asked, options)
   decode = lambda table, at: generator.tokenizer.decode(
-    table.tokens[delay.said(layout, table)[:, at], at])
+    table.tokens[delay.said(layout, table)[:, at], at].tolist())
   found["delay"] = delay.summary([delay.delays(layout, t) for t in tables])
   found["rows"] = float(np.mean([len(t.tokens) for t in tables]))
   found["samples"] = [

@@ -47,10 +47,11 @@ class Recipe(Pace):
     layout: of the tables.
     blocks: side by side in a batch.
     width: cells of a block.
-    positions: cells of a batch to learn from at each step, at most. Most of a
-      step may be their logits; those that are drawn change with every round.
-    silence: how often a silence is learnt from, against any other token: most
-      of what a stream says may be silence.
+    positions: cells of a batch to learn from at each step, at most: much of a
+      step may be their logits. Where there are more, some are drawn.
+    silence: of the silences of a stream, which are most of what it says, the
+      share to learn from. They are drawn once for all rounds, so that the
+      others need not be computed.
   """
 
   layout: StreamLayout = dataclasses.field(default_factory=layouts.single)
@@ -69,7 +70,7 @@ class Cells:
     table: which table of the block it is of; -1 for none, and then it is
       padding, which is seen by none.
     wanted: what should come next in its stream.
-    weight: how often that is learnt; 0 where it is not.
+    learnt: whether the model should say so.
   """
 
   tokens: Int[Array, "B N"]
@@ -79,7 +80,7 @@ class Cells:
   kept: Bool[Array, "B N"]
   table: Int[Array, "B N"]
   wanted: Int[Array, "B N"]
-  weight: Float[Array, "B N"]
+  learnt: Bool[Array, "B N"]
 
 
 @struct.dataclass
@@ -100,43 +101,45 @@ class Tints:
 # Where the cells of tables lie.
 
 
-def flatten(table: Table, recipe: Recipe) -> dict[str, np.ndarray]:
+def flatten(table: Table, recipe: Recipe, rng: Any = None
+            ) -> dict[str, np.ndarray]:
   """The cells of a table that count, row by row, as the fields of `Cells`.
 
   What is not kept, and not learnt from, changes nothing, and neither do rows
   behind the last from which something is learnt. A table that is wider than a
   block ends with the last row that fits.
+
+  Args:
+    rng: draws the silences that are learnt from; None takes all.
   """
   layout = recipe.layout
   wanted, learnt = conversion.targets(layout, table)
-  weight = np.where(wanted == (-1 if layout.silence is None
-                               else layout.silence), recipe.silence, 1.0)
-  weight = np.where(learnt, weight, 0.0)
-  kept = table.live.copy()
-  if not layout.keep_silence:
-    kept &= table.tokens != layout.silence
-  row = np.broadcast_to(np.arange(len(kept))[:, None], kept.shape)
-  position = row
+  kept, row = table.live, np.arange(len(table.live))[:, None]
+  position = row = np.broadcast_to(row, kept.shape)
+  if layout.silence is not None:
+    if rng is not None:
+      learnt &= (wanted != layout.silence) | (
+          rng.random(learnt.shape) < recipe.silence)
+    if not layout.keep_silence:
+      kept = kept & (table.tokens != layout.silence)
   if layout.positions == "counters":
     position = (np.cumsum(table.live, axis=0) - table.live
                 + layout.leads[None])
-  counts = table.live & (kept | (weight > 0))
-  counts &= row <= max(np.flatnonzero(weight.any(axis=1)), default=-1)
-  fit = np.cumsum(counts.sum(axis=1)) <= recipe.width
-  counts &= fit[:, None]
+  counts = kept | learnt
+  counts &= row <= max(np.flatnonzero(learnt.any(axis=1)), default=-1)
+  counts &= (np.cumsum(counts.sum(axis=1)) <= recipe.width)[:, None]
   streams = np.broadcast_to(np.arange(layout.count)[None], kept.shape)
   return {name: value[counts] for name, value in dict(
       tokens=table.tokens, streams=streams, rows=row, positions=position,
-      kept=kept, wanted=wanted, weight=weight).items()}
+      kept=kept, wanted=wanted, learnt=learnt).items()}
 
 
 def lay_out(blocks: Sequence[Sequence[Mapping[str, np.ndarray]]], width: int
             ) -> Cells:
   """Some flattened tables in each block, padded to `width`."""
   shape = (len(blocks), width)
-  fields = {f.name: np.zeros(shape, np.int32) for f in dataclasses.fields(
-      Cells)} | dict(kept=np.zeros(shape, bool),
-                     weight=np.zeros(shape, np.float32))
+  fields = {f.name: np.zeros(shape, bool if f.name in ("kept", "learnt")
+                             else np.int32) for f in dataclasses.fields(Cells)}
   fields["table"] -= 1
   for row, tables in enumerate(blocks):
     start = 0
@@ -150,11 +153,23 @@ def lay_out(blocks: Sequence[Sequence[Mapping[str, np.ndarray]]], width: int
 
 
 class Order:
-  """Which blocks are read at each step; in a round each is read once."""
+  """Which blocks are read at each step; in a round each is read once.
 
-  def __init__(self, tables: Sequence[Table], recipe: Recipe):
+  Attributes:
+    blocks: by the numbers of their tables.
+    filled: the share of cells that is no padding.
+  """
+
+  def __init__(self, tables: Sequence[Table], recipe: Recipe, *,
+               whole: bool = False):
+    """Packs tables.
+
+    Args:
+      whole: whether all silences are to be foretold.
+    """
     self._recipe = recipe
-    self._cells = [flatten(table, recipe) for table in tables]
+    rng = None if whole else np.random.default_rng(recipe.seed)
+    self._cells = [flatten(table, recipe, rng) for table in tables]
     sizes = [len(cells["tokens"]) for cells in self._cells]
     self.blocks = [block for block in conversion.pack(sizes, recipe.width)
                    if any(sizes[at] for at in block)]
@@ -226,11 +241,10 @@ def lacks(model: Transformer, x: Float[Array, "M D"], wanted: Int[Array, "M"]
 
 def _drawn(cells: Cells, recipe: Recipe, key: Array
            ) -> tuple[Int[Array, "M"], Bool[Array, "M"]]:
-  """Cells to learn from, drawn by their weight; and which of them count."""
-  weight = cells.weight.reshape(-1)
-  often, among = jax.random.uniform(key, (2, len(weight)))
-  score = jnp.where(often < weight, among, -1.0)
-  top, flat = jax.lax.top_k(score, min(recipe.positions, len(weight)))
+  """Cells to learn from; and which of them count."""
+  learnt = cells.learnt.reshape(-1)
+  score = jnp.where(learnt, jax.random.uniform(key, learnt.shape), -1.0)
+  top, flat = jax.lax.top_k(score, min(recipe.positions, len(learnt)))
   return flat, top >= 0
 
 
@@ -302,15 +316,15 @@ def _examine(model: StreamModel, layout: StreamLayout, cells: Cells
 
   # Block by block: logits of all cells would fill the memory.
   def block(args):
-    x, wanted, weight, streams = args
+    x, wanted, learnt, streams = args
     each, right = lacks(model.backbone, x, wanted)
     silent = wanted == (-1 if layout.silence is None else layout.silence)
     kind = streams * 2 + silent
     values = jnp.stack([each, right, jnp.ones_like(each)], axis=1)
-    values = jnp.where(weight[:, None] > 0, values, 0.0)
+    values = jnp.where(learnt[:, None], values, 0.0)
     return jax.ops.segment_sum(values, kind, 2 * layout.count)
 
-  found = jax.lax.map(block, (x, cells.wanted, cells.weight, cells.streams))
+  found = jax.lax.map(block, (x, cells.wanted, cells.learnt, cells.streams))
   return jnp.sum(found, axis=0).reshape(layout.count, 2, 3)
 
 
@@ -325,7 +339,7 @@ def examine(model: StreamModel, tables: Sequence[Table], recipe: Recipe
   """
   layout = recipe.layout
   sums = np.zeros((layout.count, 2, 3))
-  for cells in Order(tables, recipe).once():
+  for cells in Order(tables, recipe, whole=True).once():
     sums += np.asarray(_examine(model, layout, cells), np.float64)
   found = {}
   for at in layout.written:

@@ -13,6 +13,9 @@ import pytest
 import safetensors.numpy
 
 from jaxspec import __main__ as front_door
+from jaxspec.errors import InputError
+from jaxspec.generator import Generator
+from jaxspec.streams import taught
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -94,23 +97,27 @@ def test_another_model_refuses_it(whole, tiny_model, tmp_path, capsys):
 def test_a_run_that_the_clock_ended_goes_on(whole, tiny_model, data, tmp_path,
                                             capsys):
   folder = tmp_path / "run"
-  assert run(tiny_model, folder, f"--data={data}", "--minutes=0") == 0
+  argv = [tiny_model, folder, f"--data={data}", "--asked=0", "--judged=1"]
+  assert run(*argv, "--minutes=0") == 0
   assert "at step 1 of 6" in capsys.readouterr().err
-  assert run(tiny_model, folder, f"--data={data}", "--resume",
-             "--steps=7") == 2
+  assert run(*argv, "--resume", "--steps=7") == 2
   assert "--steps=6" in capsys.readouterr().err
-  assert run(tiny_model, folder, f"--data={data}", "--resume") == 0
+  assert run(*argv, "--resume") == 0
   for name, found in tensors(folder).items():
     for path, value in tensors(whole)[name].items():
       np.testing.assert_array_equal(found[path], value)
 
 
-def test_a_whole_model_learns(tiny_model, data, tmp_path, capsys):
+def test_a_whole_model_learns(tiny_model, data, tmp_path):
   folder = tmp_path / "run"
   assert run(tiny_model, folder, f"--data={data}", "--adapter_rank=0",
-             "--asked=0", "--steps=2") == 0
-  assert streams(folder / "model", folder) == 0
-  assert streams(tiny_model, folder) == 2
+             "--asked=0", "--judged=1", "--steps=2") == 0
+  before, after = (Generator.load(str(f), dtype="float32", capacity=64).model
+                   for f in (tiny_model, folder / "model"))
+  model, layout = taught.load(folder / "streams", after)
+  assert model.backbone is after and layout.silence == 93
+  with pytest.raises(InputError, match="made for the model"):
+    taught.load(folder / "streams", before)
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -123,7 +130,7 @@ def test_a_whole_model_learns(tiny_model, data, tmp_path, capsys):
     (["--follow=auditor=asistant:1"], "Did you mean 'assistant'?"),
     (["--follow=assistant=auditor:1"], "in a circle"),
     (["--cells=2"], "cells must be an integer"),
-    (["--silence_weight=2"], "silence_weight must be a number"),
+    (["--silence_share=2"], "silence_share must be a number"),
     (["--adapter_rank=0", "--adapter_alpha=3"], "leave one out"),
 ])
 def test_what_cannot_be_is_one_line(tiny_model, data, tmp_path, capsys, argv,
