@@ -386,10 +386,13 @@ def _delays_of(layout: StreamLayout, tables: Sequence[Table]) -> Any:
 
 def _tell(when: str, found: Mapping[str, Any]) -> None:
   for name, one in found["streams"].items():
-    line = (f"{when}: {name} loss {one['loss']:.3f}, right "
-            f"{100 * one['right']:.1f} % of {one['words']} tokens; silence "
-            f"loss {one['silence_loss']:.3f}, right "
-            f"{100 * one['silence_right']:.1f} % of {one['silence']}")
+    line = f"{when}: {name} says nothing that is held out"
+    if one["words"]:
+      line = (f"{when}: {name} loss {one['loss']:.3f}, right "
+              f"{100 * one['right']:.1f} % of {one['words']} tokens")
+    if one["silence"]:
+      line += (f"; silence loss {one['silence_loss']:.3f}, right "
+               f"{100 * one['silence_right']:.1f} % of {one['silence']}")
     late = found.get("delay", {}).get(name)
     if late is not None:
       line += (f"; begins {late['mean']:.1f} rows behind the last word read, "

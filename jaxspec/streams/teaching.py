@@ -12,7 +12,6 @@ The functions below are to `training.fit` what those of the same name in
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -329,13 +328,14 @@ def _examine(model: StreamModel, layout: StreamLayout, cells: Cells
 
 
 def examine(model: StreamModel, tables: Sequence[Table], recipe: Recipe
-            ) -> dict[str, dict[str, float]]:
+            ) -> dict[str, dict[str, float | None]]:
   """How well a model foretells tables, stream by stream.
 
   Returns:
     For each stream that is written the mean `loss`, in nats, of `words` and
     of `silence` (`silence_loss`), how often the likeliest token is right
-    (`right`, `silence_right`), and of how many.
+    (`right`, `silence_right`), and of how many; None where there
+    are none.
   """
   layout = recipe.layout
   sums = np.zeros((layout.count, 2, 3))
@@ -353,8 +353,8 @@ def examine(model: StreamModel, tables: Sequence[Table], recipe: Recipe
   return found
 
 
-def _ratio(total: float, count: float) -> float:
-  return float(total / count) if count else math.nan
+def _ratio(total: float, count: float) -> float | None:
+  return float(total / count) if count else None
 
 
 __all__ = ["MODEL", "STREAMS", "Cells", "LowRank", "Order", "Recipe", "Taught",

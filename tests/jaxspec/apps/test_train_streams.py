@@ -108,6 +108,7 @@ def test_a_run_that_the_clock_ended_goes_on(whole, tiny_model, data, tmp_path,
       np.testing.assert_array_equal(found[path], value)
 
 
+@pytest.mark.slow
 def test_a_whole_model_learns(tiny_model, data, tmp_path):
   folder = tmp_path / "run"
   assert run(tiny_model, folder, f"--data={data}", "--adapter_rank=0",
