@@ -36,40 +36,49 @@ Weights = dict[str, dict[str, Float[Array, "..."]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-  """How heads are taught.
+class Pace:
+  """How long and how fast anything is taught.
 
   Attributes:
     steps: batches in all.
-    tokens: of a batch, padding included.
-    widths: of batches, ascending; a text goes into the narrowest that holds
-      it, and is cut to the last.
     rate: the highest learning rate, reached after `warmup` of all steps; from
       there it falls to 0 along a cosine.
     decay: of weights.
-    clip: the largest norm of the gradients of one head.
+    clip: the largest norm of the gradients of one pupil.
+    seed: of the order in which it reads, and of all chance.
+  """
+
+  steps: int = 1000
+  rate: float = 1e-3
+  warmup: float = 0.05
+  decay: float = 0.01
+  clip: float = 1.0
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe(Pace):
+  """How heads are taught.
+
+  Attributes:
+    tokens: of a batch, padding included.
+    widths: of batches, ascending; a text goes into the narrowest that holds
+      it, and is cut to the last.
     opening: what each of the first `opening_tokens` of an answer counts: they
       are what an early first token is judged by.
     prompts: what tokens of prompts count.
     positions: of a batch that heads learn from at each step, drawn by what
       they count; 0 for all of them.
     ahead: what each place further ahead counts, relative to the one before.
-    seed: of the order of texts.
   """
 
-  steps: int = 1000
   tokens: int = 2048
   widths: tuple[int, ...] = (128, 256, 512)
-  rate: float = 1e-3
-  warmup: float = 0.05
-  decay: float = 0.01
-  clip: float = 1.0
   opening: float = 3.0
   opening_tokens: int = 8
   prompts: float = 0.3
   positions: int = 0
   ahead: float = 0.8
-  seed: int = 0
 
 
 @struct.dataclass
@@ -292,7 +301,7 @@ def _next_sayable(ids: Int[Array, "W"] | None, tokens: Int[Array, "B T"]
 # Training.
 
 
-def begin(heads: Heads, recipe: Recipe) -> Lesson:
+def begin(heads: Heads, recipe: Pace) -> Lesson:
   """Before the first step."""
   weights = {name: {path: jnp.array(value, jnp.float32)
                     for path, value in head.tensors().items()}
@@ -302,7 +311,7 @@ def begin(heads: Heads, recipe: Recipe) -> Lesson:
                 jnp.zeros((), jnp.int32))
 
 
-def draw_key(recipe: Recipe, step: Int[Array, ""]) -> Array:
+def draw_key(recipe: Pace, step: Int[Array, ""]) -> Array:
   """The key of all chance at a step."""
   return jax.random.fold_in(jax.random.key(recipe.seed), step)
 
@@ -342,14 +351,14 @@ def taught(model: Transformer, heads: Heads, lesson: Lesson) -> dict[str, Any]:
           for name, head in heads.items()}
 
 
-def learn(weights: Any, moments: Any, slope: Any, recipe: Recipe
+def learn(weights: Any, moments: Any, slope: Any, recipe: Pace
           ) -> tuple[Any, Any]:
   """Weights and moments one step down a slope."""
   change, moments = _rule(recipe).update(slope, moments, weights)
   return optax.apply_updates(weights, change), moments
 
 
-def _rule(recipe: Recipe) -> optax.GradientTransformation:
+def _rule(recipe: Pace) -> optax.GradientTransformation:
   warm = max(int(recipe.steps * recipe.warmup), 1)
   rate = optax.warmup_cosine_decay_schedule(
       0.0, recipe.rate, warm, max(recipe.steps, warm + 1))

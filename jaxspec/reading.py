@@ -26,10 +26,18 @@ def read(model: Transformer, tokens: Int[Array, "B T"],
       kept for it, and what is between them is computed again.
   """
   rows, count = tokens.shape
-  cache = model.init_cache(ContiguousCache, rows, 0,
-                           model.embedding[...].dtype)
   at = Place.of(jnp.broadcast_to(jnp.arange(count)[None], (rows, count)),
                 jnp.tril(jnp.ones((count, count), bool)))
+  return climb(model, model.embed(tokens), at, taps, runs=runs, learns=learns)
+
+
+def climb(model: Transformer, x: Float[Array, "B T D"], at: Place,
+          taps: Sequence[int] = (), *, runs: Bool[Array, "L B"] | None = None,
+          learns: bool = False) -> dict[int, Float[Array, "B T D"]]:
+  """As `read`, from the stream below the first layer, for any mask."""
+  rows, count, _ = x.shape
+  cache = model.init_cache(ContiguousCache, rows, 0,
+                           model.embedding[...].dtype)
 
   def through(x, layers):
     return model.extend(x, cache, model.init_fresh(cache, count), at,
@@ -41,7 +49,7 @@ def read(model: Transformer, tokens: Int[Array, "B T"],
     ends = range(1, model.depth + 1)
   else:
     ends = [cut for cut in cuts if cut]
-  x, below = model.embed(tokens), 0
+  below = 0
   seen = {0: x} if 0 in cuts else {}
   for end in ends:
     def step(x, layers=range(below, end)):

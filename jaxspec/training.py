@@ -18,32 +18,37 @@ from jaxtyping import Float
 
 from jaxspec import distillation, tuning
 from jaxspec.corpus import Text
-from jaxspec.distillation import Heads, Lesson, Marks, Order, Recipe
+from jaxspec.distillation import Heads, Lesson, Marks, Pace, Recipe
 from jaxspec.models.transformer import Transformer
 
 CURVE = "curve.jsonl"
 
 
-def fit(model: Transformer, heads: Heads, texts: Sequence[Text],
-        recipe: Recipe, folder: str | pathlib.Path, *, every: int = 100,
+def fit(model: Transformer, heads: Heads, texts: Sequence[Any],
+        recipe: Pace, folder: str | pathlib.Path, *, every: int = 100,
         on_step: Callable[[int, Mapping[str, Marks]], None] | None = None,
-        course: Any = distillation) -> dict[str, Any]:
+        until: Callable[[], bool] = lambda: False,
+        course: Any = distillation) -> Any:
   """Teaches heads, from the last checkpoint in `folder` if there is one.
 
   Args:
     heads: or what else `course` teaches.
+    texts: or what else it teaches from.
     folder: for checkpoints and the curve; of one model, text and recipe.
     every: steps between checkpoints.
     on_step: called behind each step with its number, from 1, and the marks.
-    course: has `begin`, `advance` and `taught`, as `jaxspec.distillation`
-      and `jaxspec.tuning` have.
+    until: asked behind each step; where it is true the run ends there, with a
+      checkpoint, and may go on another day.
+    course: has `Order`, `begin`, `advance` and `taught`, as
+      `jaxspec.distillation`, `jaxspec.tuning` and `jaxspec.streams.teaching`
+      have.
 
   Returns:
     The heads as they are in the end; what `course.taught` gives.
   """
   from orbax.checkpoint import v1  # Loaded when something is trained.
 
-  order, lesson = Order(texts, recipe), course.begin(heads, recipe)
+  order, lesson = course.Order(texts, recipe), course.begin(heads, recipe)
   folder = pathlib.Path(folder).absolute()
   folder.mkdir(parents=True, exist_ok=True)
   with v1.training.Checkpointer(
@@ -63,8 +68,11 @@ def fit(model: Transformer, heads: Heads, texts: Sequence[Text],
         curve.add(step + 1, marks)
         if on_step:
           on_step(step + 1, marks)
-        if (step + 1) % every == 0 or step + 1 == recipe.steps:
+        last = until() or step + 1 == recipe.steps
+        if (step + 1) % every == 0 or last:
           kept.save(step + 1, vars(lesson))
+        if last:
+          break
   return course.taught(model, heads, lesson)
 
 

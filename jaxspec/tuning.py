@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxspec import adapters, distillation
 from jaxspec.adapters import Adapter
-from jaxspec.distillation import PLACES, Batch, Lesson, Marks, begin
+from jaxspec.distillation import PLACES, Batch, Lesson, Marks, Order, begin
 from jaxspec.models import weights as stored
 from jaxspec.models.transformer import Transformer, source_of
 from jaxspec.reading import read
@@ -262,6 +262,6 @@ def compare(base: Transformer, tuned: Transformer, batch: Batch
   return jax.tree.map(jnp.sum, found)
 
 
-__all__ = ["CURRICULA", "MODEL", "LowRank", "Recipe", "Tuned",
+__all__ = ["CURRICULA", "MODEL", "LowRank", "Order", "Recipe", "Tuned",
            "Whole", "advance", "begin", "compare", "passing_by", "taught",
            "worth"]

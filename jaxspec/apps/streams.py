@@ -43,10 +43,16 @@ def define_flags(values: flags.FlagValues) -> None:
   many = lambda *args: flags.DEFINE_multi_string(*args, flag_values=values)
   number = lambda *args: flags.DEFINE_integer(*args, flag_values=values)
   text(
+    "taught",
+    None,
+    "a folder that train_streams made of this model: its layout, its stream "
+    "embeddings, and its adapter, which is merged",
+  )
+  text(
     "layout",
-    "reading",
+    None,
     "reading, auditing, thoughts or single; or a JSON file of the fields of "
-    "jaxspec.streams.StreamLayout",
+    "jaxspec.streams.StreamLayout; by default that of --taught, or reading",
   )
   text(
     "stream_embedding",
@@ -99,11 +105,9 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(settings: types.SimpleNamespace) -> None:
   """Runs one session as the settings ask."""
-  from jaxspec.streams import layout as layouts
-
   if settings.stride < 1:
     raise InputError(f"--stride must be at least 1, got {settings.stride}")
-  layout = layouts.parse(settings.layout)
+  layout = _known_layout(settings)
   given: dict[str, str] = {}
   for name, words in _named("given", settings.given, layout):
     given[name] = given.get(name, "") + words
@@ -132,6 +136,21 @@ def main(settings: types.SimpleNamespace) -> None:
     )
 
 
+def _known_layout(settings: types.SimpleNamespace) -> StreamLayout:
+  """The layout as far as it is known before there is a model."""
+  from jaxspec.streams import layout as layouts
+  from jaxspec.streams import taught
+
+  if settings.taught is None:
+    settings.layout = settings.layout or "reading"
+    return layouts.parse(settings.layout)
+  for flag in ("layout", "stream_embedding"):
+    if getattr(settings, flag) is not None:
+      raise InputError(f"--{flag} and --taught={settings.taught} both say it; "
+                       "leave one of them out")
+  return taught.layout_of(settings.taught)
+
+
 def _streams(
   settings: types.SimpleNamespace, generator: Any, hidden: Sequence[Any]
 ) -> Streams:
@@ -139,17 +158,26 @@ def _streams(
 
   from jaxspec.streams import layout as layouts
   from jaxspec.streams import model as models
+  from jaxspec.streams import taught
   from jaxspec.streams.session import Streams
 
-  layout = layouts.parse(settings.layout, generator.tokenizer)
+  model, embedding = None, settings.stream_embedding
+  if settings.taught is None:
+    layout = layouts.parse(settings.layout, generator.tokenizer)
+  else:
+    model, layout = taught.load(settings.taught, generator.model)
   for reader, name in hidden:
     layout = layout.without(reader, name)
-  embedding = settings.stream_embedding
-  if embedding is None and os.path.isdir(os.path.expanduser(settings.model)):
+  if (
+    model is None
+    and embedding is None
+    and os.path.isdir(os.path.expanduser(settings.model))
+  ):
     embedding = models.load(settings.model, generator.model)
   return Streams.of(
     generator,
     layout,
+    model=model,
     embedding=embedding,
     drafter=settings.row_drafter,
     room=settings.room,

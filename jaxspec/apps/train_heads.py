@@ -18,7 +18,6 @@ said before. --recipe=draft_model makes its first --draft_layers a model for
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -29,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from jaxspec import naming
-from jaxspec.apps import journal, launch
+from jaxspec.apps import journal, launch, runs
 from jaxspec.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 else:  # Imported when needed, so that --help loads no jax.
   Text = Generator = Any
 
-_SETTINGS = "run.json"
 _SELF = re.compile(r"self:[1-9]\d*")
 # Every so many-th text is not learnt from, but judged by.
 _HELD_OUT = 16
@@ -143,7 +141,7 @@ def _define_recipe_flags(values: flags.FlagValues) -> None:
 def main(settings: types.SimpleNamespace) -> None:
   """Teaches what the settings ask for."""
   course, made = _check(settings)
-  folder = _open_folder(settings)
+  folder = runs.open_folder(settings, _NOT_IDENTITY, _ONCE)
   generator = launch.load_model(
     settings,
     adapter=settings.adapter,
@@ -205,8 +203,8 @@ def main(settings: types.SimpleNamespace) -> None:
       heads.save(folder / name, head, speaker, **report[name].pop("extra"))
     if tuned is not None:
       _save(folder, tuned, generator, settings)
-  _write(folder / "report.json", report)
-  _draw(folder)
+  runs.write(folder / "report.json", report)
+  runs.draw(folder, "agreement with the model, %")
   if tuned is not None:
     _tell(report[tuning.MODEL])
   for name in taught:
@@ -281,38 +279,6 @@ def _rate(settings: types.SimpleNamespace, default: float) -> float:
   if settings.model_rate is None:
     settings.model_rate = default
   return naming.number("train_heads", "model_rate", settings.model_rate, 0, 1)
-
-
-def _open_folder(settings: types.SimpleNamespace) -> pathlib.Path:
-  """The folder: of this run, or one that can become it."""
-  folder = pathlib.Path(settings.output).expanduser().absolute()
-  file, chosen = folder / _SETTINGS, _identity(settings)
-  if file.exists():
-    if not settings.resume:
-      raise InputError(
-        f"--output={settings.output} holds a run; pass --resume to go on with "
-        "it, or name another folder"
-      )
-    try:
-      found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-      raise InputError(f"{file} cannot be read; name another folder") from e
-    for name in chosen:
-      begun = found.get(name, _ONCE.get(name))
-      if begun != json.loads(json.dumps(chosen[name])):
-        raise InputError(
-          f"{settings.output} is a run with --{name}={begun}, and "
-          f"{chosen[name]} is asked for; give what it was begun with, or name "
-          "another folder"
-        )
-    return folder
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise InputError(f"--output={settings.output} is not empty; name another")
-  return folder
-
-
-def _identity(settings: types.SimpleNamespace) -> dict[str, Any]:
-  return {k: v for k, v in vars(settings).items() if k not in _NOT_IDENTITY}
 
 
 def _head(text: str, model: Any, frequent: Callable[[int], Any]) -> Any:
@@ -395,15 +361,11 @@ def _prompts(
     return corpus.read(file)
   # What is refused is refused before there is a run.
   parts = {
-    data: [item for path in _files(data) for item in corpus.read(path)]
+    data: [item for path in runs.files(data) for item in corpus.read(path)]
     for data in settings.data
     if not _SELF.fullmatch(data)
   }
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / _SETTINGS, _identity(settings))
-  except OSError as e:
-    raise InputError(f"cannot write {folder}: {e.strerror}") from e
+  runs.begin(folder, settings, _NOT_IDENTITY)
   found = []
   for data in settings.data:
     if data in parts:
@@ -416,36 +378,11 @@ def _prompts(
         seed=settings.seed,
         on_progress=launch.counting(on_progress),
       )
-  _write_lines(file, [
+  runs.write_lines(file, [
     {"text": item} if isinstance(item, str) else {"messages": item}
     for item in found
   ])
   return found
-
-
-def _files(data: str) -> Sequence[str | os.PathLike]:
-  """A file, or the JSONL files of a data set on the hub."""
-  if os.path.exists(os.path.expanduser(data)) or not re.fullmatch(
-    r"[\w.-]+/[\w.-]+", data
-  ):
-    return [data]
-  import huggingface_hub
-
-  try:
-    place = huggingface_hub.snapshot_download(
-      data, repo_type="dataset", allow_patterns=["*.jsonl"]
-    )
-  except Exception as e:  # The hub has no one class of errors.
-    reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e)
-    raise InputError(
-      f"--data={data} is no file here, and cannot be had as a data set of the "
-      f"hub ({reason:.200})"
-    ) from e
-  files = sorted(pathlib.Path(place).rglob("*.jsonl"))
-  if not files:
-    raise InputError(f"--data={data} is a data set without JSONL files; save "
-                     "it as one, and pass the file")
-  return files
 
 
 def _texts(
@@ -605,54 +542,3 @@ def _report(
       "extra": extra,
     }
   return report
-
-
-def _draw(folder: pathlib.Path) -> None:
-  """The curve of learning as a picture, where matplotlib is installed."""
-  try:
-    import matplotlib
-  except ImportError:
-    launch.say("no picture of the curve: pip install 'jaxspec[plot]'")
-    return
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-
-  from jaxspec import training
-
-  lines = training.read_curve(folder)
-  figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-  size = max(len(lines) // 50, 1)
-  for name in dict.fromkeys(n for line in lines for n in line["heads"]):
-    for axis, pick in (
-      (axes[0], lambda h: h["loss"]),
-      (axes[1], lambda h: 100 * h["agreement"][0]),
-    ):
-      places, means = [], []
-      for at in range(0, len(lines), size):
-        values = [
-          pick(line["heads"][name]) for line in lines[at:at + size]
-          if name in line["heads"]
-        ]
-        if values:
-          places.append(at + 0.5 * size)
-          means.append(sum(values) / len(values))
-      axis.plot(places, means, label=name)
-  axes[0].set(xlabel="step", ylabel="loss, nats")
-  axes[1].set(xlabel="step", ylabel="agreement with the model, %")
-  axes[1].legend()
-  figure.savefig(folder / "curve.png", dpi=120)
-  plt.close(figure)
-
-
-def _write(file: pathlib.Path, content: Any) -> None:
-  new = file.with_name(file.name + ".new")
-  new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-  new.replace(file)
-
-
-def _write_lines(file: pathlib.Path, items: Sequence[Any]) -> None:
-  new = file.with_name(file.name + ".new")
-  with open(new, "w", encoding="utf-8") as out:
-    for item in items:
-      out.write(json.dumps(item, ensure_ascii=False) + "\n")
-  new.replace(file)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ordinary data as tables of streams, to be learnt from.
 
-A conversation becomes two columns: the answer begins `wait` words after the
+A conversation becomes columns: the answer begins `wait` words after the
 question, and goes on word by word while the question is still being read
 (wait-k, arXiv:1810.08398), so that no word of the answer stands beside, or
-before, words of the question it should have waited for. A column of remarks
-becomes an audit stream, and a table that was written as one is taken as it is.
+before, words of the question it should have waited for. Remarks on the answer
+become a stream that follows it in the same way, and a table that was written
+as one is taken as it is.
 
 Words begin where a token begins with white space. Between streams the clock is
 the row: a word takes as many rows as it has tokens.
@@ -14,7 +15,8 @@ the row: a word takes as many rows as it has tokens.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -38,108 +40,169 @@ class Table:
   learnt: Bool[np.ndarray, "n C"]
 
 
-def from_columns(layout: StreamLayout, columns: Mapping[str, Sequence[int]],
-                 starts: Mapping[str, int] | None = None, *,
-                 given: Mapping[str, int] | None = None) -> Table:
-  """Puts each stream's tokens below one another.
+@dataclasses.dataclass(frozen=True)
+class Follow:
+  """A stream that keeps some words behind another.
+
+  Attributes:
+    leader: the stream it waits for.
+    wait: its j-th word, from 0, needs j + `wait` words of the leader.
+  """
+
+  leader: str
+  wait: int
+
+
+def side_by_side(layout: StreamLayout, columns: Mapping[str, Sequence[int]],
+                 follows: Mapping[str, Follow], *,
+                 begins: Callable[[int], bool],
+                 pieces: Callable[[Sequence[int]], Set[str]] | None = None,
+                 given: Mapping[str, Sequence[int]] | None = None,
+                 ends: Set[str] = frozenset()) -> Table:
+  """What streams say, in the rows in which they can say it, by `aligned`.
+
+  Where an empty cell is silence, a stream may pause for words it needs; where
+  it is no token, it runs on once it began, late enough never to overtake.
 
   Args:
-    starts: the row in which each column begins; 0 where nothing is said.
-    given: how many of a column's first tokens are not the model's to learn.
+    columns: the tokens of each stream. Those that follow none begin at once.
+    pieces: see `aligned`.
+    given: what streams go on from; not learnt. They end in the row before all
+      others begin, the first if nothing is given: in a session such rows are
+      there before it writes.
+    ends: streams that stop behind their last token. What is silent there was
+      not said by the model, and is not learnt.
 
   Returns:
     A table in which the streams that are read are not learnt. Where a layout
     has a silence token, empty cells hold it, and are learnt like any other.
+
+  Raises:
+    InputError: streams that follow each other, or one that by the counts of
+      the layout would not see what it waited for.
   """
-  starts, given = starts or {}, given or {}
-  places = {layout.place(name): name for name in columns}
-  height = max((starts.get(name, 0) + len(column)
-                for name, column in columns.items()), default=0)
+  given = given or {}
+  head = max(1, *map(len, given.values())) if given else 1
+  rows: dict[str, list[int]] = {}
+
+  def place(name: str, behind: tuple[str, ...] = ()) -> list[int]:
+    if name in behind:
+      raise InputError(f"streams {', '.join(behind)} follow each other in a "
+                       "circle; let one of them follow none")
+    if name in rows:
+      return rows[name]
+    column, follow = columns[name], follows.get(name)
+    if follow is None or follow.leader not in columns:
+      rows[name] = list(range(head, head + len(column)))
+      return rows[name]
+    found = aligned(columns[follow.leader], column, wait=follow.wait,
+                    begins=begins, start=head, pieces=pieces,
+                    rows=place(follow.leader, (*behind, name)))
+    if layout.silence is None:
+      # No pauses: begin when even the last word will have waited enough.
+      start = max((row - at for at, row in enumerate(found)), default=head)
+      found = list(range(start, start + len(column)))
+      late = start - head - int(layout.leads[layout.place(name)])
+      if layout.positions == "counters" and late > 0:
+        raise InputError(
+            f"stream {name} begins {start - head} rows late, and by its count "
+            "it would not see what it waited for; use positions of rows, or a "
+            "larger lead")
+    rows[name] = found
+    return found
+
+  height = max((place(name)[-1] + 1 for name in columns if columns[name]),
+               default=head)
   tokens = np.zeros((height, layout.count), np.int32)
   live = np.zeros(tokens.shape, bool)
   learnt = np.zeros(tokens.shape, bool)
-  for at, name in places.items():
-    start, column = starts.get(name, 0), columns[name]
-    rows = slice(start, start + len(column))
-    tokens[rows, at] = column
-    live[rows, at] = True
-    learnt[start + given.get(name, 0):start + len(column), at] = True
+  for name, words in given.items():
+    at, first = layout.place(name), head - len(words)
+    tokens[first:head, at] = words
+    live[first:head, at] = True
+  for name, column in columns.items():
+    at = layout.place(name)
+    tokens[rows[name], at] = column
+    live[rows[name], at] = learnt[rows[name], at] = True
   if layout.silence is not None:
+    silent = ~live
+    for name in ends:
+      if columns.get(name):
+        silent[rows[name][-1]:, layout.place(name)] = False
     tokens = np.where(live, tokens, layout.silence).astype(np.int32)
-    learnt |= ~live
+    learnt |= silent
     live[:] = True
-  learnt[:1] = False                    # nothing comes before it
-  if layout.silence is None:
-    # What a stream says first is drawn from nothing: it must be given.
-    for at in range(layout.count):
-      learnt[np.flatnonzero(live[:, at])[:1], at] = False
-  read = [at for at in range(layout.count) if at not in layout.written]
-  learnt[:, read] = False
+  learnt[:head] = False
+  _unlearn(layout, live, learnt)
   return Table(tokens, live, learnt)
 
 
-def aligned(question: Sequence[int], answer: Sequence[int], *, wait: int,
-            begins: Callable[[int], bool]) -> list[int]:
-  """The row of each token of an answer that keeps `wait` words behind.
-
-  The j-th word of the answer begins when `j + wait` words of the question have
-  been read, and not before the word in front of it is said.
-  """
-  heads = [at for at, token in enumerate(question) if at == 0 or begins(token)]
-  ends = [*heads[1:], len(question)] if heads else []
-  rows, word, free = [], -1, 0
-  for at, token in enumerate(answer):
-    if at == 0 or begins(token):
-      word += 1
-      needed = min(word + wait, len(ends))
-      free = max(free, ends[needed - 1] if needed else 0)
-    rows.append(free)
-    free += 1
-  return rows
+def _unlearn(layout: StreamLayout, live: Bool[np.ndarray, "n C"],
+             learnt: Bool[np.ndarray, "n C"]) -> None:
+  """Takes off what no model says: streams that are read, and beginnings."""
+  learnt[:1] = False                    # nothing comes before it
+  for at in range(layout.count):
+    if at not in layout.written:
+      learnt[:, at] = False
+    if layout.silence is None:
+      # What a stream says first is drawn from nothing: it must be given.
+      learnt[np.flatnonzero(live[:, at])[:1], at] = False
 
 
-def conversation(layout: StreamLayout, question: Sequence[int],
-                 answer: Sequence[int], *, wait: int,
-                 begins: Callable[[int], bool],
-                 first: Sequence[int] = (), audit: Sequence[int] = (),
-                 user: str = "user", assistant: str = "assistant",
-                 auditor: str = "auditor") -> Table:
-  """A question and its answer side by side, by `aligned`.
+def aligned(leader: Sequence[int], column: Sequence[int], *, wait: int,
+            begins: Callable[[int], bool], rows: Sequence[int] | None = None,
+            start: int = 0,
+            pieces: Callable[[Sequence[int]], Set[str]] | None = None
+            ) -> list[int]:
+  """The row of each token of a column that keeps `wait` words behind another.
 
-  Where an empty cell is silence, an answer may pause for words it needs; where
-  it is no token, it runs on once it began, late enough never to overtake.
+  Its j-th word begins when `j + wait` words of the leader have been read, and
+  not before the word in front of it is said.
 
   Args:
-    first: what the answer goes on from, and the audit likewise; not learnt.
-      It stands in the rows before the answer begins to wait.
-    audit: remarks that begin one row behind the answer.
-
-  Raises:
-    InputError: by the counts of the layout the answer would not see what it
-      waited for.
+    rows: of the leader's tokens; by default one behind the other.
+    start: the first row there is for it.
+    pieces: what a word is made of. A word waits for those of its pieces that
+      the leader says as well: what is taken from it comes after it.
   """
-  rows = aligned(question, answer, wait=wait, begins=begins)
-  lead = len(first)
-  if layout.silence is None:
-    # No pauses: begin when even the last word will have waited enough.
-    start = max((row - at for at, row in enumerate(rows)), default=0)
-    rows = [start + at for at in range(len(answer))]
-  start = rows[0] if rows else 0
-  ahead = int(layout.leads[layout.place(assistant)])
-  if layout.positions == "counters" and start > ahead:
-    raise InputError(
-        f"an answer that begins {start} rows late sees of its question only "
-        f"what has a lower count, and its count is {ahead} ahead; use "
-        "positions of rows, or a larger lead")
-  column = _spread(answer, rows, start, layout.silence)
-  columns = {user: question, assistant: [*first, *column]}
-  starts = {user: lead, assistant: start}
-  given = {assistant: lead}
-  if audit:
-    columns[auditor] = [*first, *audit]
-    starts[auditor] = start + 1
-    given[auditor] = lead
-  return from_columns(layout, columns, starts, given=given)
+  if rows is None:
+    rows = range(start, start + len(leader))
+  words = _words(leader, begins)
+  ends = [rows[last - 1] + 1 for _, last in words]
+  said: dict[str, int] = {}
+  if pieces is not None:
+    for number, (first, last) in enumerate(words, 1):
+      for piece in pieces(leader[first:last]):
+        said.setdefault(piece, number)
+  found, free = [], start
+  for number, (first, last) in enumerate(_words(column, begins)):
+    needed = number + wait
+    if pieces is not None:
+      needed = max([needed, *(said[piece]
+                              for piece in pieces(column[first:last])
+                              if piece in said)])
+    needed = min(needed, len(ends))
+    free = max(free, ends[needed - 1] if needed else start)
+    found += range(free, free + last - first)
+    free += last - first
+  return found
+
+
+def _words(tokens: Sequence[int], begins: Callable[[int], bool]
+           ) -> list[tuple[int, int]]:
+  """Where words begin and end."""
+  heads = [at for at, token in enumerate(tokens) if at == 0 or begins(token)]
+  return list(zip(heads, [*heads[1:], len(tokens)])) if heads else []
+
+
+# Numbers, and words that say something.
+_PIECES = re.compile(r"\d[\d,]*(?:\.\d+)?|[^\W\d]{4,}")
+
+
+def telling(text: str) -> frozenset[str]:
+  """The numbers and the longer words of a text, in one spelling."""
+  return frozenset(piece.replace(",", "").lower()
+                   for piece in _PIECES.findall(text))
 
 
 def from_json(layout: StreamLayout, encode: Callable[[str], Sequence[int]],
@@ -172,18 +235,68 @@ def from_json(layout: StreamLayout, encode: Callable[[str], Sequence[int]],
   if layout.silence is not None:
     tokens = np.where(live, tokens, layout.silence).astype(np.int32)
     live, learnt = np.ones_like(live), np.ones_like(live)
-  learnt[:1] = False
-  for at in range(layout.count):
-    if at not in layout.written:
-      learnt[:, at] = False
-    if layout.silence is None:
-      learnt[np.flatnonzero(live[:, at])[:1], at] = False
+  _unlearn(layout, live, learnt)
   return Table(tokens, live, learnt)
 
 
-def read(path: str | pathlib.Path, layout: StreamLayout,
-         encode: Callable[[str], Sequence[int]]) -> list[Table]:
-  """Reads tables, one JSON list of rows a line.
+# What a line of data calls what is read first, and what is written first.
+_READ = ("question", "prompt", "user")
+_WRITTEN = ("answer", "completion", "assistant")
+
+
+def texts_of(layout: StreamLayout, item: Any,
+             render: Mapping[str, Callable[[Mapping[str, Any]], str]]
+             ) -> list[dict[str, str]]:
+  """What the streams say, of an object of ordinary data.
+
+  Args:
+    item: has a text under the names of streams; or `question` (or `prompt`)
+      for the first that is read, and `answer` (or `completion`) for the first
+      that is written; or a chat in `messages`, each exchange of which becomes
+      a conversation of its own.
+    render: makes the text of some streams of what the object holds.
+
+  Raises:
+    InputError: it has nothing for a stream.
+  """
+  if not isinstance(item, Mapping):
+    raise InputError("it must be an object, or a list of rows")
+  if "messages" in item:
+    turns = item["messages"]
+    try:
+      pairs = [(a["content"], b["content"]) for a, b in zip(turns, turns[1:])
+               if (a["role"], b["role"]) == ("user", "assistant")]
+    except (KeyError, TypeError) as e:
+      raise InputError("messages must be objects with role and content") from e
+    if not pairs:
+      raise InputError("its messages hold no user's with an assistant's answer")
+    rest = {name: value for name, value in item.items() if name != "messages"}
+    return [one for question, answer in pairs for one in texts_of(
+        layout, rest | {"question": question, "answer": answer}, render)]
+  first_read = next((s.name for s in layout.streams if not s.written), None)
+  first_written = layout.names[layout.written[0]]
+  found = {}
+  for name in layout.names:
+    keys = [name, *(_READ if name == first_read else ()),
+            *(_WRITTEN if name == first_written else ())]
+    key = next((key for key in keys if key in item), None)
+    if name in render:
+      found[name] = render[name](item)
+    elif key is not None and isinstance(item[key], str):
+      found[name] = item[key]
+    else:
+      raise InputError(f"it must have a text for stream {name}, called "
+                       f"{' or '.join(dict.fromkeys(keys))}, and has "
+                       f"{', '.join(item) or 'none'}")
+  return [found]
+
+
+def read(path: str | pathlib.Path,
+         convert: Callable[[Any], Sequence[Table]]) -> list[Table]:
+  """Reads a JSONL file, line by line.
+
+  Args:
+    convert: makes tables of what a line holds.
 
   Raises:
     InputError: the file cannot be read; the message names the line.
@@ -192,17 +305,13 @@ def read(path: str | pathlib.Path, layout: StreamLayout,
   try:
     lines = file.read_text(encoding="utf-8").splitlines()
   except (OSError, UnicodeDecodeError) as e:
-    raise InputError(f"{file} cannot be read ({e}); name a JSONL file of "
-                     "tables") from e
+    raise InputError(f"{file} cannot be read ({e}); name a JSONL file") from e
   for number, line in enumerate(lines, 1):
     if not line.strip():
       continue
     try:
-      rows = json.loads(line)
-      if not isinstance(rows, list):
-        raise InputError("it must be a list of rows")
-      tables.append(from_json(layout, encode, rows))
-    except ValueError as e:
+      tables += convert(json.loads(line))
+    except (ValueError, RecursionError) as e:
       raise InputError(f"{file}, line {number}: {e}") from e
   return tables
 
@@ -224,40 +333,21 @@ def targets(layout: StreamLayout, table: Table
   return wanted, weigh
 
 
-def pack(tables: Sequence[Table], height: int, order: Any = None
-         ) -> Iterator[list[int]]:
-  """Which tables share a block of `height` rows; first fit, tallest first.
+def pack(sizes: Sequence[int], room: int) -> list[list[int]]:
+  """Which things share a block of `room`; first fit, the largest first.
 
-  What shares a block must be told apart by a mask. A table that is taller
-  comes alone, and is cut by whoever lays it out.
-
-  Args:
-    order: by which blocks are given; None for the order they were made in.
+  What shares a block must be told apart by a mask. What is larger comes alone,
+  and is cut by whoever lays it out.
   """
   blocks: list[tuple[int, list[int]]] = []
-  heights = [len(t.tokens) for t in tables]
-  for at in sorted(range(len(tables)), key=lambda at: -heights[at]):
+  for at in sorted(range(len(sizes)), key=lambda at: -sizes[at]):
     for number, (used, members) in enumerate(blocks):
-      if used + heights[at] <= height:
-        blocks[number] = (used + heights[at], [*members, at])
+      if used + sizes[at] <= room:
+        blocks[number] = (used + sizes[at], [*members, at])
         break
     else:
-      blocks.append((heights[at], [at]))
-  numbers = range(len(blocks)) if order is None else order.permutation(
-      len(blocks))
-  for number in numbers:
-    yield blocks[number][1]
-
-
-def _spread(answer: Sequence[int], rows: Sequence[int], start: int,
-            silence: int | None) -> list[int]:
-  """A column with the answer's tokens in their rows, silence between."""
-  if not rows:
-    return []
-  column = [0 if silence is None else silence] * (rows[-1] + 1 - start)
-  for token, row in zip(answer, rows):
-    column[row - start] = token
-  return column
+      blocks.append((sizes[at], [at]))
+  return [members for _, members in blocks]
 
 
 def word_beginnings(tokenizer: Any, vocab: int) -> Bool[np.ndarray, "V"]:

@@ -289,16 +289,34 @@ def _read(path: pathlib.Path) -> StreamLayout:
   except (OSError, ValueError) as e:
     raise InputError(f"layout {path} cannot be read ({e}); it must be JSON"
                      ) from e
+  return from_fields(fields, str(path))
+
+
+def fields_of(layout: StreamLayout) -> dict[str, Any]:
+  """The layout as `from_fields` and JSON files have it."""
+  return dataclasses.asdict(layout)
+
+
+def from_fields(fields: Any, path: str) -> StreamLayout:
+  """The layout of these fields.
+
+  Args:
+    path: where they come from, for errors.
+
+  Raises:
+    InputError: a field is missing, unknown or of another kind.
+  """
   try:
+    fields = dict(fields)
     streams = tuple(
         Stream(**_fields(path, Stream, s)) for s in fields.pop("streams"))
     return StreamLayout(streams, **_fields(path, StreamLayout, fields))
-  except (AttributeError, KeyError, TypeError) as e:
+  except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise InputError(f"layout {path} must be an object with a list of streams, "
                      f"each with a name ({e})") from e
 
 
-def _fields(path: pathlib.Path, kind: Any, given: Any) -> dict[str, Any]:
+def _fields(path: str, kind: Any, given: Any) -> dict[str, Any]:
   """The fields of a dataclass, as JSON gives them."""
   known = {f.name: f for f in dataclasses.fields(kind)}
   for name in given:

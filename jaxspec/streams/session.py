@@ -142,11 +142,14 @@ class Streams:
 
   @classmethod
   def of(cls, generator: Any, layout: StreamLayout | str, *,
-         embedding: str | Any = None, **options: Any) -> "Streams":
+         embedding: str | Any = None, model: StreamModel | None = None,
+         **options: Any) -> "Streams":
     """Takes model, tokenizer and mesh over from a `Generator`.
 
     Args:
       embedding: a table of stream embeddings, or a folder that holds one.
+      model: what its model has become, as `taught.load` gives it; no
+        `embedding` then.
       **options: see `__init__`.
     """
     if isinstance(embedding, str):
@@ -158,7 +161,9 @@ class Streams:
                          "folder, or none")
     options = dict(eos_ids=generator.eos_ids, mesh=generator.mesh,
                    defaults=generator.default_options()) | options
-    return cls(StreamModel(generator.model, embedding), layout,
+    if model is None:
+      model = StreamModel(generator.model, embedding)
+    return cls(model, layout,
                generator.tokenizer, **options)
 
   def open(self, *, prefix: Words = "",
@@ -289,14 +294,24 @@ class Streams:
       for one in everyone:
         drop[one._at], one._drop = one._drop, False
       paused = np.array([s is None or not s._asked for s in self._open])
-      batch = loop.hold(self._batch, paused, drop)
-      for one in everyone:
-        batch = one._feed(batch)
-      known = min(one._known() for one in everyone if one._asked)
-      self._batch = batch = loop.decode(
-          self.model, self.layout, self._drafter, batch, np.int32(stride),
-          np.int32(known))
-      seen = jax.device_get(_view(self.layout, batch))
+      # Until it comes back the batch is nobody's: who is interrupted meanwhile
+      # has lost it, and with it every session.
+      batch, self._batch = self._batch, None
+      try:
+        batch = loop.hold(batch, paused, drop)
+        for one in everyone:
+          batch = one._feed(batch)
+        known = min(one._known() for one in everyone if one._asked)
+        batch = loop.decode(
+            self.model, self.layout, self._drafter, batch, np.int32(stride),
+            np.int32(known))
+        seen = jax.device_get(_view(self.layout, batch))
+      except BaseException:
+        self._open = [None] * self.sessions
+        for one in everyone:
+          one._closed = True
+        raise
+      self._batch = batch
       for one in everyone:
         one._take(seen)
       return bool(seen["going"][session._at]) or any(session._waiting)

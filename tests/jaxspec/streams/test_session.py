@@ -157,3 +157,17 @@ def test_a_stream_without_silence_needs_first_words():
   streams = Streams(StreamModel(cycles.model()), layout, room=8)
   with pytest.raises(InputError, match="out has nothing to go on from"):
     streams.open()
+
+
+def test_who_is_killed_within_a_pass_says_no_more_of_it(streams, monkeypatch):
+  """The batch is lost, closing asks for none of it, and there is a new one."""
+  def killed(*_):
+    raise KeyboardInterrupt
+  with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch, \
+      streams.open(given={"out": [5]}) as session:
+    patch.setattr(session_.loop, "decode", killed)
+    list(session.rows())
+  assert not list(session.rows())
+  with streams.open(given={"out": [5]}) as session:
+    _, wrote = columns(session.rows())
+    assert wrote == [5, *cycles.recited([5], 12)]
