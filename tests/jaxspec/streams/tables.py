@@ -12,6 +12,7 @@ import numpy as np
 from jaxspec.base import Request
 from jaxspec.caches.contiguous import ContiguousCache
 from jaxspec.options import Options, as_request
+from jaxspec.streams import cache as cache_
 from jaxspec.streams import loop, rows, state
 from jaxspec.streams.cache import StreamCache
 from jaxspec.streams.layout import StreamLayout
@@ -67,9 +68,10 @@ def empty(model: StreamModel, layout: StreamLayout, sessions: int, *,
           **options: Any) -> state.StreamState:
   @jax.jit
   def make(model):
-    inner = model.backbone.init_cache(
-        kind, sessions, prefix + room * layout.count, jnp.float32, **options)
-    return loop.init(model, layout, inner, room=room, queue=QUEUE,
+    cache = cache_.empty(
+        model.backbone, layout, kind, sessions, prefix + room * layout.count,
+        jnp.float32, **options)
+    return loop.init(model, layout, cache, room=room, queue=QUEUE,
                      stops=STOPS, biases=4)
   return make(model)
 
