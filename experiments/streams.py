@@ -377,10 +377,13 @@ def speak_up(talk: Talk, question: Sequence[int], words: Sequence[int],
     return [row.tokens[place], row.logprobs[place]]
 
   with talk.open(question, options) as session:
-    jax.block_until_ready(talk.streams._batch)
-    start = time.perf_counter()
-    alone = [row for row in session.rows(stride) if not row.given]
-    each = (time.perf_counter() - start) / max(session.passes, 1)
+    alone, times = [], []
+    for row in session.rows(stride):
+      times.append(time.perf_counter())
+      if not row.given:
+        alone.append(row)
+  # The first rows came together, and may have had to be compiled.
+  each = (times[-1] - times[0]) / max(len(alone) - stride, 1)
   found: dict[str, Any] = {"row_seconds": each}
 
   def speak() -> None:
@@ -534,8 +537,8 @@ def measure_delays(base: Generator, talks: Mapping[str, Talk],
   plain = Plain(base, 1, room + first.streams.prefix_room)
   alone = Streams.of(base, "single", room=room)
   records = []
-  for number in range(FLAGS.delays):
-    before, ids, behind = chat(base.tokenizer, questions[number])
+  for number, question in enumerate(questions):
+    before, ids, behind = chat(base.tokenizer, question)
 
     def sample(ids=ids, before=before, behind=behind, number=number):
       jobs: dict[str, Callable[[], dict[str, Any]]] = {
@@ -597,9 +600,10 @@ def main(argv: list[str]) -> None:
   questions = read_questions(FLAGS.questions)[::FLAGS.every]
   prompts = prompts_of(base.tokenizer, questions, FLAGS.prompt_tokens,
                        FLAGS.count * max(map(int, FLAGS.streams)))
+  least = max(FLAGS.delays, FLAGS.interrupts > 0)
   short = list(itertools.islice((text for text in questions if FLAGS.wait < len(
-      chat(base.tokenizer, text)[1]) <= FLAGS.prompt_tokens), FLAGS.delays))
-  if not prompts["answer"] or len(short) < FLAGS.delays:
+      chat(base.tokenizer, text)[1]) <= FLAGS.prompt_tokens), least))
+  if not prompts["answer"] or len(short) < least:
     raise app.UsageError(
         f"of {len(questions)} questions {len(short)} have at most "
         f"--prompt_tokens={FLAGS.prompt_tokens} tokens and more than "
@@ -616,9 +620,11 @@ def main(argv: list[str]) -> None:
       base, FLAGS.taught, FLAGS.layout,
       [text for text in FLAGS.drafter if text.startswith("lookup")], room,
       FLAGS.wait)
-  records += measure_delays(base, talks, journal, short, **settings)
-  records += measure_interrupts(talks["beside"], base.tokenizer, journal,
-                                short[0], **settings)
+  records += measure_delays(base, talks, journal, short[:FLAGS.delays],
+                            **settings)
+  if FLAGS.interrupts:
+    records += measure_interrupts(talks["beside"], base.tokenizer, journal,
+                                  short[0], **settings)
   loss, summary = losses(FLAGS.taught), summarise(records)
   machine.write(
       str(output), records, loss=loss, layout=dataclasses.asdict(
