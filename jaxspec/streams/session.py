@@ -96,7 +96,7 @@ class Streams:
       prefix_room: most tokens of a prefix.
       cache: `contiguous`, `paged` or, where positions are those of rows,
         `window`; with options as for a `Generator`.
-      kernels: see `jaxspec.kernels.choose`.
+      kernels: see `jaxspec.kernels.choose`; `of` takes the generator's.
       defaults: how streams are written where nothing else is said.
 
     Raises:
@@ -143,7 +143,7 @@ class Streams:
   @classmethod
   def of(cls, generator: Any, layout: StreamLayout | str, *,
          embedding: str | Any = None, **options: Any) -> "Streams":
-    """Takes model, tokenizer, mesh and kernels over from a `Generator`.
+    """Takes model, tokenizer and mesh over from a `Generator`.
 
     Args:
       embedding: a table of stream embeddings, or a folder that holds one.
