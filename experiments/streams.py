@@ -24,8 +24,10 @@ before is negative. A model that was not taught so has a delay, but no answer:
 give what train_streams made, and questions that it held out.
 
 Interrupt: words come in from another thread while the model writes. How many
-rows and ms it takes until they stand in the table; up to which row the output
-is, bit for bit, that without them; and how long until `interrupt` ends it.
+rows and ms it takes until the first stands in the table; up to which row the
+output is, bit for bit, that without it; and how long until `interrupt` ends it.
+A cell sees no peer in its row: a word that stands in a row is seen by the cells
+of the next, and changes what is written behind those.
 
 All methods take turns, and a sample in which something was compiled or others
 kept the processor busy is taken again. What is finished is kept beside the
@@ -407,7 +409,7 @@ def speak_up(talk: Talk, question: Sequence[int], words: Sequence[int],
       spoken.append(row)
       if heard is None and talk.said(row, talk.user) is not None:
         heard = row.number, now
-      for count, act in ((at, speak), (rows - stride - 2, stop)):
+      for count, act in ((at, speak), (3 * rows // 4, stop)):
         if len(spoken) == count:
           threads.append(threading.Thread(target=act))
           threads[-1].start()
@@ -426,8 +428,9 @@ def speak_up(talk: Talk, question: Sequence[int], words: Sequence[int],
       "rows_equal_before": sum(view(a) == view(b) for a, b in zip(
           alone, spoken) if b.number <= heard[0]),
       "rows_before": sum(b.number <= heard[0] for b in spoken),
+      # None where all rows were there before.
       "stop_seconds": (ended - found["stopped_at"]
-                       if "stopped_at" in found else None)}
+                       if len(spoken) < rows else None)}
 
 
 # What is run.
