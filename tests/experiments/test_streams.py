@@ -17,6 +17,7 @@ from jaxspec.streams.session import Streams
 from tests.jaxspec import cycles
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
+slow = pytest.mark.slow
 
 QUIET = dict(retries=0, max_foreign=99)
 ROWS = 8
@@ -77,6 +78,7 @@ def test_a_text_that_differs_is_seen():
   assert stream_figures.differ([[1, 2], [3]], [[1, 4], [3, 9]]) == 1
 
 
+@slow
 def test_delay_is_from_the_last_word_read(delays):
   found = delays[0]["methods"]
   # Three words are there; of the others each takes a row, as an answer does.
@@ -94,6 +96,7 @@ def test_delay_is_from_the_last_word_read(delays):
   assert lines["beside"]["passes_per_useful_token"] == pytest.approx(7 / 6)
 
 
+@slow
 def test_silence_is_no_word():
   layout = StreamLayout((Stream("user", written=False), Stream("out")),
                         silence=0)
@@ -110,6 +113,7 @@ def test_a_layout_must_be_spoken_to():
     talk(cycles.model(), layouts.single())
 
 
+@slow
 def test_words_that_come_in_change_what_follows(small):
   one = talk(small, layouts.reading(positions="rows"))
   found = streams.undisturbed(lambda: streams.speak_up(
@@ -126,10 +130,14 @@ def test_words_that_come_in_change_what_follows(small):
   assert line["changed_after"] == {"2": 1} and line["equal_before"] == 1
 
 
-def test_the_whole_is_written(races, delays, tmp_path):
-  summary = stream_figures.summarise([*races, *delays])
+def test_the_whole_is_written(races, tmp_path):
+  delay = {"rows": [-6, 3], "seconds": [-0.3, 0.1], "passes": 9, "useful": 6,
+           "answer": [1] * 6, "quiet": True}
+  summary = stream_figures.summarise([*races, {
+      "section": "delay", "methods": {"beside": delay}}])
   text = stream_figures.table(summary)
-  assert "| 2 | separate |" in text and "| beside | -6 |" in text
+  assert "| 2 | separate |" in text
+  assert "| beside | -6 | -300.0 | 3 | 100.0 | 6 | 1.50 |" in text
   loss = {"before": {"a": 3.0}, "after": {"a": 2.0}}
   for number, given in enumerate((None, loss)):
     stream_figures.plot(summary, given, tmp_path / f"{number}.png")
