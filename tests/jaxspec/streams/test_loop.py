@@ -4,11 +4,8 @@ independent, speculation changes nothing, input is read as it comes."""
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
-from jaxtyping import Array, Int
 
 from jaxspec.caches.paged import PagedCache
 from jaxspec.caches.window import WindowCache
@@ -106,26 +103,12 @@ def test_pages_hold_what_one_buffer_holds(model):
   assert int(paged.passes[1]) == 0
 
 
-@struct.dataclass
-class Told:
-  """Knows what the next two rows will be, but for some tokens."""
-
-  tables: Int[Array, "B R C"]
-
-  def propose(self, model, layout, batch):
-    row = batch.lines.row[:, None] + 1 + jnp.arange(2)[None]
-    known = jnp.take_along_axis(self.tables, jnp.minimum(
-        row, self.tables.shape[1] - 1)[..., None], axis=1)
-    return known + (row % 5 == 0)[..., None], jnp.ones(len(known), bool)
-
-
 def test_a_window_of_rows_is_enough(model):
   """One layer sees eight positions, and keeps a key a stream of each."""
   given = [tables.random_table(TALK, n, seed=n, holes=0.2) for n in (7, 15)]
   plain = tables.finish(model, TALK, tables.begin(
       model, TALK, given, SAMPLED, prefix=[3, 4]))
-  told = Told(jnp.asarray(np.stack([
-      tables.pad(tables.table(plain, n), tables.ROOM) for n in range(2)])))
+  told = tables.Told.of([tables.table(plain, n) for n in range(2)])
   window = tables.finish(model, TALK, tables.begin(
       model, TALK, given, SAMPLED, prefix=[3, 4], kind=WindowCache), told)
   for session in range(2):
