@@ -64,6 +64,7 @@ class Generator:
     drift: acceptance of all that was generated so far, by task.
     adapter: the folder of what was merged into the model, "" for none.
     defaults: the checkpoint's generation config.
+    kernels: what was asked for of them, see `jaxspec.kernels.choose`.
   """
 
   def __init__(self, model: Transformer, tokenizer: Any = None, *,
@@ -109,6 +110,7 @@ class Generator:
     self.capacity = min(2048, context) if capacity is None else capacity
     self.model, self.tokenizer, self.rows = model, tokenizer, rows
     self.mesh = sharding.make_mesh() if mesh is None else mesh
+    self.kernels = kernels
     self._target = choose(kernels, self.mesh)
     self.eos_ids = tuple(eos_ids)
     self.adapter = adapter

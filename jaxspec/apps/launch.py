@@ -158,6 +158,18 @@ def define_place_flags(values: flags.FlagValues) -> None:
   )
 
 
+def define_kernels_flag(values: flags.FlagValues) -> None:
+  """Defines the flag that says what programs are made of."""
+  flags.DEFINE_string(
+    "kernels",
+    None,
+    "xla for programs without kernels; tpu or gpu for those kernels alone, "
+    "and an error where one does not take a shape; interpret to try those of "
+    "a TPU on a CPU, slowly; by default the best there is for the device",
+    flag_values=values,
+  )
+
+
 def define_generator_flags(values: flags.FlagValues) -> None:
   """Defines the flags of `Generator.load`."""
   define_model_flags(values)
@@ -200,14 +212,7 @@ def define_generator_flags(values: flags.FlagValues) -> None:
     "a file of jaxspec/caches, with options as in paged:page=64,pages=100",
     flag_values=values,
   )
-  flags.DEFINE_string(
-    "kernels",
-    None,
-    "xla for programs without kernels; tpu or gpu for those kernels alone, "
-    "and an error where one does not take a shape; interpret to try those of "
-    "a TPU on a CPU, slowly; by default the best there is for the device",
-    flag_values=values,
-  )
+  define_kernels_flag(values)
   flags.DEFINE_enum(
     "prefill",
     "chunk_major",

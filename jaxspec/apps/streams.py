@@ -6,16 +6,19 @@
 
 Columns are streams. With --listen, lines on stdin are read while the model
 writes: `user: Wait!` goes to that stream, one word alone in a line, `/stop`,
-interrupts.
+interrupts. On a terminal they are typed below the rows.
 """
 
+import codecs
+import contextlib
 import json
+import os
 import queue
 import shutil
 import sys
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -38,6 +41,7 @@ def define_flags(values: flags.FlagValues) -> None:
   """Defines the flags of this command."""
   launch.define_model_flags(values)
   launch.define_place_flags(values)
+  launch.define_kernels_flag(values)
   launch.define_sampling_flags(values)
   text = lambda *args: flags.DEFINE_string(*args, flag_values=values)
   many = lambda *args: flags.DEFINE_multi_string(*args, flag_values=values)
@@ -115,7 +119,7 @@ def main(settings: types.SimpleNamespace) -> None:
   hidden = _named("hide", settings.hide, layout)
   for _, name in hidden:
     layout.place(name)
-  generator = launch.load_model(settings)
+  generator = launch.load_model(settings, kernels=settings.kernels)
   streams = _streams(settings, generator, hidden)
   with streams.open(
     prefix=settings.prefix,
@@ -154,8 +158,6 @@ def _known_layout(settings: types.SimpleNamespace) -> StreamLayout:
 def _streams(
   settings: types.SimpleNamespace, generator: Any, hidden: Sequence[Any]
 ) -> Streams:
-  import os
-
   from jaxspec.streams import layout as layouts
   from jaxspec.streams import model as models
   from jaxspec.streams import taught
@@ -202,10 +204,29 @@ def _named(
 
 def _listen(session: Session, show: Callable[[Row], None], stride: int) -> None:
   """Shows rows, and hands over what is typed meanwhile."""
+  if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    _converse(session, show, stride, sys.stdin)
+    return
+  with _Prompt(sys.stdin.fileno()) as prompt:
+
+    def above(row: Row) -> None:
+      with prompt.aside():
+        show(row)
+
+    _converse(session, above, stride, prompt, prompt.aside)
+
+
+def _converse(
+  session: Session,
+  show: Callable[[Row], None],
+  stride: int,
+  lines: Iterable[str],
+  aside: Callable[[], Any] = contextlib.nullcontext,
+) -> None:
   heard: queue.Queue[str | None] = queue.Queue()
 
   def read() -> None:
-    for line in sys.stdin:
+    for line in lines:
       if line.strip() == _STOP:
         session.interrupt()
       else:
@@ -216,7 +237,8 @@ def _listen(session: Session, show: Callable[[Row], None], stride: int) -> None:
           if words.strip():
             session.push(name.strip(), words.rstrip("\n"))
         except InputError as e:  # What is mistyped ends no session.
-          launch.say(" ".join(str(e).split()))
+          with aside():
+            launch.say(" ".join(str(e).split()))
       heard.put(line)
     heard.put(None)
 
@@ -229,6 +251,72 @@ def _listen(session: Session, show: Callable[[Row], None], stride: int) -> None:
   # Words that came with the end of stdin.
   for row in session.rows(stride):
     show(row)
+
+
+class _Prompt:
+  """A line that is typed below the rows, and stays there while they come.
+
+  A terminal shows what is typed at once, in the midst of whatever is written;
+  so here it does not, and the line is drawn again behind each row.
+  """
+
+  _MARK = "> "
+
+  def __init__(self, fd: int):
+    self._fd, self._typed, self._before = fd, "", None
+    self._lock = threading.Lock()
+
+  def __enter__(self) -> "_Prompt":
+    import termios
+    import tty
+
+    self._before = termios.tcgetattr(self._fd)
+    tty.setcbreak(self._fd)
+    self._draw()
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    import termios
+
+    termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
+    print("\r\x1b[K", end="", flush=True)
+
+  @contextlib.contextmanager
+  def aside(self) -> Iterator[None]:
+    """Within, whole lines may be printed."""
+    with self._lock:
+      print("\r\x1b[K", end="", flush=True)
+      yield
+      self._draw()
+
+  def __iter__(self) -> Iterator[str]:
+    """What was typed, line by line, up to an end of file."""
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    while True:
+      read = os.read(self._fd, 1024)
+      for letter in decode(read):
+        if letter in "\r\n":
+          line, self._typed = self._typed, ""
+          yield line + "\n"
+        elif letter == "\x04":  # Ctrl-D
+          return
+        elif letter in "\x08\x7f":
+          self._typed = self._typed[:-1]
+        elif letter.isprintable():
+          self._typed += letter
+      if not read:
+        return
+      with self.aside():
+        pass
+
+  def _draw(self) -> None:
+    from rich.cells import cell_len
+
+    room = shutil.get_terminal_size().columns - len(self._MARK) - 1
+    shown = self._typed
+    while shown and cell_len(shown) > room:  # Of a long line the end.
+      shown = shown[1:]
+    print(self._MARK + shown, end="", flush=True)
 
 
 def _shower(

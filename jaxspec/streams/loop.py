@@ -43,16 +43,16 @@ class Reading:
   cache: StreamCache
 
 
-def init(model: StreamModel, layout: StreamLayout, inner: Any, *, room: int,
-         queue: int, stops: int, biases: int) -> StreamState:
+def init(model: StreamModel, layout: StreamLayout, cache: StreamCache, *,
+         room: int, queue: int, stops: int, biases: int) -> StreamState:
   """A batch without sessions.
 
   Args:
-    inner: an empty cache that holds the prefix and all cells of a table.
+    cache: an empty one that holds the prefix and all cells of a table.
     room: most rows of a table.
     queue: most tokens that wait in a stream.
   """
-  batch, streams = len(inner.length), layout.count
+  batch, streams = len(cache.length), layout.count
   x = jax.eval_shape(model.backbone.embed,
                      jnp.zeros((batch, streams), jnp.int32))
 
@@ -71,7 +71,7 @@ def init(model: StreamModel, layout: StreamLayout, inner: Any, *, room: int,
       jnp.full((batch * streams, stops), -1, jnp.int32),
       jnp.zeros(batch * streams, bool))
   return StreamState(
-      lines, StreamCache.over(inner), request, zeros(),
+      lines, cache, request, zeros(),
       jnp.zeros(x.shape, x.dtype), ~zeros(dtype=bool), zeros(), zeros(),
       zeros())
 

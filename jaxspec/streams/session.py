@@ -30,6 +30,7 @@ from jaxspec.options import Options, as_request
 from jaxspec.streams import drafting, loop, state
 from jaxspec.streams import layout as layouts
 from jaxspec.streams import model as models
+from jaxspec.streams.cache import empty
 from jaxspec.streams.layout import StreamLayout
 from jaxspec.streams.model import StreamModel
 
@@ -93,8 +94,9 @@ class Streams:
         none. The rows are the same whatever it guesses.
       room: None takes 512, or what the model's context leaves of it.
       prefix_room: most tokens of a prefix.
-      cache: `contiguous` or `paged`, with options as for a `Generator`.
-      kernels: see `jaxspec.kernels.choose`.
+      cache: `contiguous`, `paged` or, where positions are those of rows,
+        `window`; with options as for a `Generator`.
+      kernels: see `jaxspec.kernels.choose`; `of` takes the generator's.
       defaults: how streams are written where nothing else is said.
 
     Raises:
@@ -125,13 +127,9 @@ class Streams:
     self._dtype = caches.stored_in(
         self.mesh, model.backbone.embedding[...].dtype, cache_dtype)
     kind, options = caches.parse(cache)
-    if not hasattr(kind, "capacity"):
-      raise InputError(f"cache {cache!r} forgets what is behind a window, and "
-                       "streams are not forgotten alike; use contiguous or "
-                       "paged")
     slots = prefix_room + room * layout.count
-    make = functools.partial(model.backbone.init_cache, kind, sessions, slots,
-                             self._dtype, **options)
+    make = functools.partial(empty, model.backbone, layout, kind, sessions,
+                             slots, self._dtype, **options)
     jax.eval_shape(lambda: jax.tree.leaves(make()))   # refuses bad sizes
     self._init = jax.jit(lambda: loop.init(
         model, layout, make(), room=room, queue=_QUEUE, stops=_STOPS,
@@ -139,6 +137,8 @@ class Streams:
     self._batch: state.StreamState | None = None
     self._open: list[Session | None] = [None] * sessions
     self._lock = threading.RLock()
+    # Held for moments alone, so that whoever speaks waits for no row.
+    self._mail = threading.Lock()
 
   @classmethod
   def of(cls, generator: Any, layout: StreamLayout | str, *,
@@ -152,6 +152,7 @@ class Streams:
         `embedding` then.
       **options: see `__init__`.
     """
+    options = dict(kernels=generator.kernels) | options
     if isinstance(embedding, str):
       folder = embedding
       embedding = models.load(folder, generator.model)
@@ -291,17 +292,18 @@ class Streams:
         return False
       everyone = [s for s in self._open if s is not None]
       drop = np.zeros(self.sessions, bool)
-      for one in everyone:
-        drop[one._at], one._drop = one._drop, False
       paused = np.array([s is None or not s._asked for s in self._open])
       # Until it comes back the batch is nobody's: who is interrupted meanwhile
       # has lost it, and with it every session.
       batch, self._batch = self._batch, None
       try:
-        batch = loop.hold(batch, paused, drop)
-        for one in everyone:
-          batch = one._feed(batch)
-        known = min(one._known() for one in everyone if one._asked)
+        with self._mail:
+          for one in everyone:
+            drop[one._at], one._drop = one._drop, False
+          batch = loop.hold(batch, paused, drop)
+          for one in everyone:
+            batch = one._feed(batch)
+          known = min(one._known() for one in everyone if one._asked)
         batch = loop.decode(
             self.model, self.layout, self._drafter, batch, np.int32(stride),
             np.int32(known))
@@ -329,7 +331,8 @@ class Session:
   """One table: words go in, rows come out.
 
   `push` and `interrupt` may be called from another thread than the one that
-  takes rows; what they change is there from the next row on.
+  takes rows, and return at once; what they change is there from the next row
+  on.
 
   Attributes:
     passes: passes of the model so far.
@@ -368,7 +371,7 @@ class Session:
     if self._closed:
       raise InputError("the session is closed; open another")
     if ids:
-      with streams._lock:
+      with streams._mail:
         self._waiting[at] += ids
 
   def interrupt(self) -> None:
@@ -377,7 +380,7 @@ class Session:
     The table stays as it is: `push` what comes between, and `rows` goes on.
     """
     self._interrupted = True
-    with self._streams._lock:
+    with self._streams._mail:
       self._waiting = [[] for _ in self._waiting]
       self._drop = True
 

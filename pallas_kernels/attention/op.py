@@ -20,7 +20,7 @@ Committed = (Float[Array, "B G S K"] | Float[Array, "X G page K"]
              | Int8[Array, "B G S K"] | Int8[Array, "X G page K"])
 Scales = Float[Array, "B G S"] | Float[Array, "X G page"]
 # Those that tell streams apart; the others say that they do not.
-_STREAMED = ("xla",)
+_STREAMED = ("tpu", "xla")
 
 
 def tree_attention(

@@ -30,6 +30,8 @@ _ROWS = 2048
 _BLOCK_BYTES, _SCORES = 512 << 10, 512 << 10
 # Bytes of one copy: fewer take longer to ask for than to bring.
 _COPY_BYTES = 64 << 10
+# Of what tells a slot: its stream, of 32.
+_STREAM_BITS = 5
 # Slots of a block that is copied at once, whatever its alignment.
 _UNALIGNED = 1024
 
@@ -65,16 +67,17 @@ class Plan:
 def tree_attention(query, key, value, fresh_key, fresh_value, *,
                    slot_positions, positions, fresh_positions, seen, scale,
                    table, window, logits_soft_cap, target,
-                   key_scale=None, value_scale=None):
+                   key_scale=None, value_scale=None, slot_streams=None,
+                   readable=None):
   """See `pallas_kernels.attention.op.tree_attention`."""
   plan = _plan(query.shape, key.shape, key.dtype, slot_positions.shape[1],
                table is not None, key_scale is not None, target)
   _check(query, key, value, fresh_key, fresh_value)
   return _attend(
       query, key, value, fresh_key, fresh_value, slot_positions, positions,
-      fresh_positions, seen, table, key_scale, value_scale, scale=scale,
-      window=window, logits_soft_cap=logits_soft_cap, plan=plan,
-      interpret=target.interpret)
+      fresh_positions, seen, table, key_scale, value_scale, slot_streams,
+      readable, scale=scale, window=window, logits_soft_cap=logits_soft_cap,
+      plan=plan, interpret=target.interpret)
 
 
 def moved_bytes(query_shape, key_shape, nodes: int, lengths, *, key_dtype,
@@ -181,8 +184,9 @@ def _padded(nodes):
 @functools.partial(jax.jit, static_argnames=(
     "scale", "window", "logits_soft_cap", "plan", "interpret"))
 def _attend(query, key, value, fresh_key, fresh_value, slot_positions,
-            positions, fresh_positions, seen, table, key_scale, value_scale, *,
-            scale, window, logits_soft_cap, plan, interpret):
+            positions, fresh_positions, seen, table, key_scale, value_scale,
+            slot_streams, readable, *, scale, window, logits_soft_cap, plan,
+            interpret):
   rows, tokens, heads, size = query.shape
   groups, nodes = key.shape[1], fresh_key.shape[1]
   share = heads // groups
@@ -202,13 +206,21 @@ def _attend(query, key, value, fresh_key, fresh_value, slot_positions,
   sights = lax.bitcast_convert_type(seen, jnp.int32)
   if sights.ndim == 2:
     sights = sights[None]
-  wanted = held
+  wanted, more = held, []                  # besides, of each token
   if window is not None:
     oldest = positions - window
     wanted = held & (slot_positions > jnp.min(oldest, axis=1, keepdims=True))
+    more.append(oldest)
+  if slot_streams is not None:
+    more += [positions, jnp.broadcast_to(
+        lax.bitcast_convert_type(readable, jnp.int32), positions.shape)]
+    # A slot tells where it stands and, in its lowest bits, in which stream.
+    slot_positions = jnp.where(
+        held, (slot_positions << _STREAM_BITS) | slot_streams, -1)
+  if more:
     sights = jnp.concatenate([
         jnp.broadcast_to(sights, (rows, *sights.shape[1:])),
-        oldest[..., None].astype(jnp.int32)], axis=-1)
+        jnp.stack(more, axis=-1).astype(jnp.int32)], axis=-1)
   sights = jnp.repeat(sights, share, axis=1)                   # [_ T*R W]
 
   # What of each row is walked: its first block, and the units up to its last
@@ -270,7 +282,8 @@ def _attend(query, key, value, fresh_key, fresh_value, slot_positions,
   kernel = functools.partial(
       _kernel, at=at, steps=steps, rows=rows, plan=plan, scale=scale,
       window=window, cap=logits_soft_cap, dtype=dtype, nodes=_padded(nodes),
-      stored=len(stored), paged=table is not None)
+      stored=len(stored), paged=table is not None,
+      streamed=slot_streams is not None)
   scalars = [spans.reshape(-1)] + ([] if table is None else [table.astype(
       jnp.int32)])
   out = pl.pallas_call(
@@ -296,7 +309,7 @@ def _attend(query, key, value, fresh_key, fresh_value, slot_positions,
 
 
 def _kernel(spans, *refs, at, steps, rows, plan, scale, window, cap, dtype,
-            nodes, stored, paged):
+            nodes, stored, paged, streamed):
   """One step; see `_attend` for what the references are."""
   refs = list(refs)
   table = refs.pop(0) if paged else None
@@ -372,8 +385,13 @@ def _kernel(spans, *refs, at, steps, rows, plan, scale, window, cap, dtype,
     return lax.dot_general(a, b, (dims, ((), ())), precision=precision,
                            preferred_element_type=jnp.float32)
 
+  def beside(number):
+    """What stands behind the words of `seen`, from the last on."""
+    at = sights.shape[2] - number
+    return sights[0, :, at:at + 1]
+
   def oldest():
-    return sights[0, :, -1:]
+    return beside(3 if streamed else 1)
 
   def scored(s, factor):
     s = s * factor
@@ -415,10 +433,19 @@ def _kernel(spans, *refs, at, steps, rows, plan, scale, window, cap, dtype,
 
   def attend(slot, whole):
     at = helds[slot]                                           # [1 block]
+    place = at >> _STREAM_BITS if streamed else at
     visible = None if whole else at >= 0
+    rules = []
     if window is not None:
-      seen = at > oldest()
-      visible = seen if whole else visible & seen
+      rules.append(place > oldest())
+    if streamed:
+      shape = (queries.shape[2], plan.block)
+      of = jnp.broadcast_to(at & (1 << _STREAM_BITS) - 1, shape)
+      words = jnp.broadcast_to(beside(1), shape)
+      rules += [place < beside(2),
+                lax.shift_right_logical(words, of) & 1 == 1]
+    for seen in rules:
+      visible = seen if visible is None else visible & seen
     if not whole:
       if plan.slots_minor:
         held = at >= 0

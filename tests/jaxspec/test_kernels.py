@@ -3,9 +3,9 @@
 
 Held here: a generator's choice is refused where its devices cannot have it;
 what the kernels of a TPU give, interpreted, is the text of XLA's programs, for
-each cache, plain, drafted by a head and by prompt lookup; and the program of a
-decoding that is compiled for a TPU calls every op's kernel, on one device and
-on four, with its caches in place.
+each cache, plain, drafted by a head and by prompt lookup, and so are rows of
+streams; and the program of a decoding that is compiled for a TPU calls every
+op's kernel, on one device and on four, with its caches in place.
 """
 
 import jax
@@ -22,9 +22,15 @@ from jaxspec.generator import Generator
 from jaxspec.heads import ExitHead
 from jaxspec.models.transformer import Transformer, abstract_source
 from jaxspec.options import Options
+from jaxspec.streams import loop as rows
+from jaxspec.streams.cache import empty
+from jaxspec.streams.layout import Stream, StreamLayout
+from jaxspec.streams.model import StreamModel
+from jaxspec.streams.session import Streams
 from jaxspec.verifiers.exact import exact
 from pallas_kernels import errors, target
 from tests.jaxspec import batches
+from tests.jaxspec.streams import tables
 from tests.jaxspec.test_memory import LLAMA_3_8B, placed, scalar
 
 PROMPTS = [[5, 9, 2, 9, 5, 9, 2], [7, 1]]
@@ -90,6 +96,32 @@ def test_interpreted_kernels_give_the_same_text(
     assert sum(c.stats.drafted for c in interpreted)
 
 
+TALK = StreamLayout((Stream("user", written=False), Stream("out"),
+                     Stream("aside", reads=("out",))), silence=1,
+                    keep_silence=False)
+
+
+@pytest.mark.parametrize("cache", [
+    "contiguous", pytest.param("paged:page=8", marks=slow),
+    pytest.param("window", marks=slow)])
+def test_interpreted_kernels_give_the_same_rows(quick_compiles, small, cache):
+  """One by one without kernels, and with them where some were foretold."""
+  found, drafter = [], None
+  for choice in (None, "interpret"):
+    streams = Streams.of(
+        Generator(small, capacity=32, kernels=choice), TALK, room=20,
+        prefix_room=4, cache=cache, drafter=drafter)
+    with streams.open(prefix=[3], given={"out": PROMPTS[0], "aside": [9]},
+                      options={"out": Options(max_new_tokens=8),
+                               "aside": Options(max_new_tokens=8, seed=3,
+                                                temperature=0.8)}) as session:
+      session.push("user", PROMPTS[1])
+      found.append([row.tokens for row in session.rows(stride=4)])
+    drafter = tables.Told.of(found)
+  assert len(found[0]) == 15 and found[0] == found[1]
+  assert session.accepted > 3
+
+
 @pytest.fixture(scope="module")
 def chips(tpu_compiler):
   """Four of v5e, which are not there."""
@@ -118,13 +150,11 @@ def test_a_program_for_a_tpu_calls_the_kernels(chips, sizes, drafter):
     compiled = loop.decode.lower(
         model, made, exact, state, scalar(jnp.int32, mesh),
         scalar(bool, mesh)).compile()
-  text, memory = compiled.as_text(), compiled.memory_analysis()
-  called = {line.partition("op_name=")[2] for line in text.splitlines()
-            if "tpu_custom_call" in line}
+  memory = compiled.memory_analysis()
   wanted = {"tree_attention", "commit_kv", "fused_mlp", "accept_nodes"}
   if drafter == "exit" and not sizes:
     wanted.add("proposal_head")
-  assert not {op for op in wanted if not any(op in name for name in called)}
+  assert not lacking(compiled, wanted)
   held = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
              for x in jax.tree.leaves(state))
   assert memory.alias_size_in_bytes >= held * 0.99
@@ -132,3 +162,29 @@ def test_a_program_for_a_tpu_calls_the_kernels(chips, sizes, drafter):
   keys = state.seq.cache.k[0]
   assert memory.temp_size_in_bytes < keys.dtype.itemsize * np.prod(
       keys.sharding.shard_shape(keys.shape))
+
+
+def lacking(compiled, wanted):
+  """Ops whose kernel the program does not call."""
+  called = {line.partition("op_name=")[2]
+            for line in compiled.as_text().splitlines()
+            if "tpu_custom_call" in line}
+  return {op for op in wanted if not any(op in name for name in called)}
+
+
+@slow
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "tensor": 2}])
+def test_rows_for_a_tpu_call_the_kernels(chips, sizes):
+  mesh = sharding.make_mesh(sizes, chips)
+  model = StreamModel(Transformer(LLAMA_3_8B(depth=2), abstract_source(
+      jnp.bfloat16, mesh)))
+  with kernels.on(mesh, kernels.choose("tpu", mesh)):
+    state = placed(lambda: rows.init(
+        model, TALK, empty(
+            model.backbone, TALK, batches.cache_kind("contiguous"), 8, 6144,
+            jnp.bfloat16),
+        room=2048, queue=64, stops=16, biases=64))
+    compiled = rows.decode.lower(
+        model, TALK, None, state, scalar(jnp.int32, mesh),
+        scalar(jnp.int32, mesh)).compile()
+  assert not lacking(compiled, {"tree_attention", "commit_kv", "fused_mlp"})

@@ -4,7 +4,10 @@ what is wrong is one sentence."""
 
 import io
 import json
+import os
+import re
 import sys
+import termios
 
 import pytest
 
@@ -83,6 +86,61 @@ def test_columns_fit_the_terminal(monkeypatch, capsys):
   assert "user" in header and "·" in row and row.count("日") <= 10
 
 
+@pytest.fixture
+def terminal():
+  ours, theirs = os.openpty()
+  yield ours, theirs
+  os.close(ours)
+  os.close(theirs)
+
+
+def test_a_line_is_typed_below_the_rows(terminal, capsys):
+  """And what is typed wrong can be taken back."""
+  ours, theirs = terminal
+  usual = termios.tcgetattr(theirs)
+  with app._Prompt(theirs) as prompt:
+    assert not termios.tcgetattr(theirs)[3] & termios.ECHO
+    lines = iter(prompt)
+    os.write(ours, "user: hö\x7fi\n/stop\nhalf".encode())
+    assert [next(lines), next(lines)] == ["user: hi\n", "/stop\n"]
+    os.write(ours, b" a line\x04")
+    assert not list(lines)
+    capsys.readouterr()
+    with prompt.aside():
+      print("a row")
+    assert capsys.readouterr().out == "\r\x1b[Ka row\n> half a line"
+  assert termios.tcgetattr(theirs) == usual
+
+
+def test_a_long_line_shows_its_end(terminal, capsys, monkeypatch):
+  monkeypatch.setenv("COLUMNS", "12")
+  prompt = app._Prompt(terminal[1])
+  prompt._typed = "日本語 and more"
+  prompt._draw()
+  assert capsys.readouterr().out == ">  and more"
+
+
+def test_rows_are_columns_while_somebody_types(run, terminal, monkeypatch):
+  ours, theirs = terminal
+  enter = app._Prompt.__enter__
+
+  def type_at_once(self):
+    enter(self)
+    os.write(ours, b"user: one\n\x04")
+    return self
+  monkeypatch.setattr(app._Prompt, "__enter__", type_at_once)
+  monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+  with os.fdopen(os.dup(theirs)) as stdin:
+    monkeypatch.setattr(sys, "stdin", stdin)
+    status, out, _ = run("--listen", "--stride=2")
+  rows = [line.rpartition("\r\x1b[K")[2] for line in out.split("\n")]
+  rows = [row for row in rows if "\x1b[0m" in row]
+  assert status == 0 and len(rows) >= 1 + 2 + 6
+  assert "\x1b[1muser" in rows[0] and "\x1b[2;32mA" in rows[1]
+  heard = re.findall(r"\x1b\[0;36m(.)", "".join(rows))
+  assert "".join(heard).replace(" ", "") == "one"
+
+
 @pytest.mark.parametrize("argv, words", [
     (["--layout=readin"], "Did you mean 'reading'?"),
     (["--push=hi"], "must look like STREAM=WORDS"),
@@ -102,6 +160,7 @@ def test_a_wrong_flag_is_one_line(run, argv, words):
     (["--row_drafter=lookip"], "Did you mean 'lookup'?"),
     (["--room=1000"], "context of 512"),
     (["--cache=window"], "use contiguous or paged"),
+    (["--kernels=tpu"], "kernels=tpu is not for the devices"),
     (["--stop=x"], "stop texts are not looked for"),
     (["--stream_embedding=/nowhere"], "holds no table"),
 ])

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from jaxspec.caches.paged import PagedCache
+from jaxspec.caches.window import WindowCache
 from jaxspec.drafters.autoregressive import Autoregressive
+from jaxspec.errors import InputError
+from jaxspec.streams import cache, loop
 from jaxspec.streams import layout as layouts
-from jaxspec.streams import loop
 from jaxspec.streams.drafting import HeadRows, LookupRows
 from jaxspec.streams.layout import Stream, StreamLayout
 from jaxspec.streams.model import StreamModel
@@ -99,6 +101,28 @@ def test_pages_hold_what_one_buffer_holds(model):
   assert len(tables.table(paged)) > 15
   assert paged.lines.ended.tolist() == [False, True]
   assert int(paged.passes[1]) == 0
+
+
+def test_a_window_of_rows_is_enough(model):
+  """One layer sees eight positions, and keeps a key a stream of each."""
+  given = [tables.random_table(TALK, n, seed=n, holes=0.2) for n in (7, 15)]
+  plain = tables.finish(model, TALK, tables.begin(
+      model, TALK, given, SAMPLED, prefix=[3, 4]))
+  told = tables.Told.of([tables.table(plain, n) for n in range(2)])
+  window = tables.finish(model, TALK, tables.begin(
+      model, TALK, given, SAMPLED, prefix=[3, 4], kind=WindowCache), told)
+  for session in range(2):
+    np.testing.assert_array_equal(tables.table(window, session),
+                                  tables.table(plain, session))
+  assert len(tables.table(window)) > 20 and int(window.accepted.sum()) > 5
+  assert [k.shape[2] for k in window.cache.inner.k] == [
+      8 * TALK.count, window.cache.capacity]
+
+
+def test_what_counts_for_itself_is_not_forgotten_with_the_others(small):
+  layout = dataclasses.replace(TALK, positions="counters")
+  with pytest.raises(InputError, match="use contiguous or paged"):
+    cache.empty(small, layout, WindowCache, 1, 40, np.float32)
 
 
 @pytest.mark.parametrize("name", ["reading", "table"])

@@ -129,7 +129,7 @@ def test_log_probabilities_where_they_are_asked_for(streams):
     (dict(room=1), "room must be at least 2"),
     (dict(sessions=0), "sessions must be at least 1"),
     (dict(room=2000), "context of 1024"),
-    (dict(cache="window"), "use contiguous or paged"),
+    (dict(cache="wimdow"), "Did you mean 'window'?"),
     (dict(drafter="lookip"), "Did you mean 'lookup'?"),
     (dict(drafter="lookup:all=3"), "all must be True or False"),
 ])

@@ -79,6 +79,24 @@ def case(slots, lengths=None, *, heads=4, groups=2, start=1, by_row=False,
   return arrays, places
 
 
+def streamed(places, seed):
+  """The same, but slots and tokens stand anywhere, in four streams.
+
+  Several streams have a token at the same position, some behind the token.
+  """
+  rng = np.random.default_rng(seed)
+  rows, slots = places["slot_positions"].shape
+  shape = places["positions"].shape
+  return places | dict(
+      slot_positions=np.where(places["slot_positions"] >= 0, rng.integers(
+          0, slots, (rows, slots)), -1).astype(np.int32),
+      positions=rng.integers(0, slots, shape).astype(np.int32),
+      fresh_positions=np.full_like(places["fresh_positions"], slots),
+      slot_streams=rng.integers(0, 4, (rows, slots)).astype(np.int32),
+      readable=rng.permutation(np.resize(np.array(
+          [0b1011, 0b0100, 0], np.uint32), shape[1])))
+
+
 def packed(places):
   """As the op wants them: masks as bits."""
   places = jax.tree.map(jnp.asarray, places)

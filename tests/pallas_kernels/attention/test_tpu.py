@@ -29,6 +29,7 @@ from tests.pallas_kernels.attention.definition import (
     packed,
     paged,
     reference,
+    streamed,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -119,6 +120,15 @@ def test_pages(page, size):
     table = jnp.asarray(np.where(held, table, 1 << 20))
     found = attend(arrays, places, table=table)
     np.testing.assert_allclose(found, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 90}])
+def test_streams_side_by_side(options, monkeypatch):
+  """A token sees what comes before it, in the streams it may read."""
+  monkeypatch.setattr(tpu, "_COPY_BYTES", 1)
+  arrays, places = case(384, size=16)
+  assert plan(arrays, places).blocks == 2
+  check(arrays, streamed(places, 1), **options)
 
 
 def test_eight_bits():

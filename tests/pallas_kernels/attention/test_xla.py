@@ -24,6 +24,7 @@ from tests.pallas_kernels.attention.definition import (
     packed,
     paged,
     reference,
+    streamed,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -200,20 +201,11 @@ def test_scales_come_in_pairs():
 def test_streams_side_by_side(slots, page):
   """A token sees what comes before it, in the streams it may read."""
   arrays, places = case(slots)
-  rng = np.random.default_rng(slots)
-  rows, tokens = arrays[0].shape[:2]
-  # Several streams have a token at the same position, some behind the token.
-  held = np.where(places["slot_positions"] >= 0,
-                  rng.integers(0, slots, (rows, slots)), -1).astype(np.int32)
-  places["positions"] = rng.integers(0, slots, (rows, tokens)).astype(np.int32)
-  places |= dict(
-      slot_positions=held,
-      fresh_positions=np.full_like(places["fresh_positions"], slots),
-      slot_streams=rng.integers(0, 4, (rows, slots)).astype(np.int32),
-      readable=np.array([0b1011, 0b0100, 0], np.uint32))
+  places = streamed(places, slots)
   wanted = reference(*arrays, **places, scale=0.4, window=90)
   if page:
-    arrays, places["table"] = paged(arrays, places, page, rng)
+    arrays, places["table"] = paged(arrays, places, page,
+                                    np.random.default_rng(slots))
   np.testing.assert_allclose(attend(arrays, places, window=90), wanted,
                              atol=2e-5)
 
