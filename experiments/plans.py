@@ -9,7 +9,9 @@ hardware that is not there, and is held against two counts by hand: of the
 bytes of weights and cache, and of the products and bytes of a decoding step.
 Most lines are counted from few layers (`plan --few_layers`), which takes
 minutes for all of them; what that is worth, the lines that are compiled whole
-say. The result file is its own journal: what it holds is not made again.
+say. What fits is the decoding loop; with --prefill the program that reads
+prompts is compiled too, which takes several times as long. The result file is
+its own journal: what it holds is not made again.
 
 The first line is a public figure's: 70 billion weights in eight bits on 16
 chips of v5e with 8 rows are said to give 159 tokens/s a row, 85 % of the
@@ -22,6 +24,7 @@ import math
 import os
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
@@ -37,6 +40,8 @@ def define_flags() -> None:
   """Only when run: flags are one name space, and tests import many files."""
   flags.DEFINE_string(
       "only", "", "lines whose model or topology begin so; all by default")
+  flags.DEFINE_boolean(
+      "prefill", False, "whether reading prompts is compiled too")
   flags.DEFINE_string(
       "output", "experiments/results/plans.json",
       "where the result goes; the picture goes beside it")
@@ -130,8 +135,9 @@ def step_bytes(setup: Any) -> float:
   return planning.estimate(setup) - embedding
 
 
-def examine(line: Line) -> dict[str, Any]:
-  """One line: the plan, and what is counted by hand."""
+def examine(line: Line, names: Sequence[str] = ("decode",)
+            ) -> dict[str, Any]:
+  """One line: the plan of these programs, and what is counted by hand."""
   from jaxspec import planning
   config = planning.read_config(line.model)
   mesh = tuple((a, int(n)) for a, n in (
@@ -142,7 +148,7 @@ def examine(line: Line) -> dict[str, Any]:
       rows=line.rows, capacity=line.capacity, prompt=line.prompt,
       dtype=line.dtype)
   start = time.perf_counter()
-  plan = planning.make(setup, scaled=not line.whole)
+  plan = planning.make(setup, names, scaled=not line.whole)
   found = plan.as_dict()
   del found["setup"]["config"]
   hand = planning.estimate(setup)
@@ -162,7 +168,7 @@ def examine(line: Line) -> dict[str, Any]:
   if line.remedies and not plan.fits:
     found["remedies"] = [
         dict(change=words, free_bytes=other.free, fits=other.fits)
-        for words, other in planning.remedies(setup, scaled=True)]
+        for words, other in planning.remedies(setup, names=names, scaled=True)]
   return found
 
 
@@ -262,14 +268,16 @@ def main(argv: list[str]) -> None:
   known: dict[str, dict[str, Any]] = {}
   if output.exists():
     known = {run["key"]: run for run in json.loads(output.read_text())["runs"]}
+  names = ("decode", "prefill") if FLAGS.prefill else ("decode",)
   skipped: dict[str, str] = {}
   for line in LINES:
     wanted = f"{line.model} {line.topology}"
-    if line.key in known or FLAGS.only and not any(
+    made = line.key in known and set(names) <= set(known[line.key]["programs"])
+    if made or FLAGS.only and not any(
         part.startswith(FLAGS.only) for part in wanted.split()):
       continue
     try:
-      known[line.key] = examine(line)
+      known[line.key] = examine(line, names)
     except InputError as e:              # a compiler that is not there
       skipped[wanted] = str(e)
       print(f"{wanted}: {e}", flush=True)
