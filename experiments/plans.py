@@ -55,6 +55,7 @@ class Line:
     mesh: as `data=2,tensor=8`; the one that takes least memory, if empty.
     whole: whether all layers are compiled.
     remedies: whether changes that make it fit are looked for.
+    kernels: as for decode. Those of a GPU do not say what they cost.
   """
 
   model: str
@@ -66,6 +67,7 @@ class Line:
   remedies: bool = False
   capacity: int = 2048
   prompt: int = 512
+  kernels: str | None = None
 
   @property
   def key(self) -> str:
@@ -73,36 +75,36 @@ class Line:
 
 
 PUBLIC = Line("llama3.1-70b", "v5e:4x4", "data=2,tensor=8", dtype="int8")
-# The dearest last.
+# One of each model first, the dearest last.
 LINES = [
     PUBLIC,
     Line("llama3-8b", "v5e:2x2"),
-    Line("qwen3-8b", "v5e:1x1"),
     Line("llama3-70b", "v6e:2x4"),
-    Line("llama3-8b", "h100:1"),
-    Line("llama3-70b", "h100:8"),
-    Line("qwen3-8b", "h100:1"),
-    Line("mixtral-8x7b", "h100:8"),
-    Line("qwen3-30b-a3b", "h100:1"),
-    Line("qwen3-30b-a3b", "h100:8", "expert=2,tensor=4"),
-    Line("mixtral-8x7b", "v5e:2x4"),
-    Line("qwen3-30b-a3b", "v6e:2x2"),
-    Line("llama3-70b", "v5e:4x4"),
-    Line("llama3-70b", "v5p:2x2x1"),
-    Line("llama3-8b", "v6e:1x1"),
-    Line("llama3-8b", "v5e:16x16", rows=256),
-    Line("qwen3-8b", "v5p:2x2x1"),
-    Line("qwen3-8b", "v6e:1x1"),
     Line("mixtral-8x7b", "v6e:2x2"),
-    Line("mixtral-8x7b", "v5p:2x2x1"),
+    Line("qwen3-30b-a3b", "v6e:2x2"),
+    Line("qwen3-8b", "v5p:2x2x1"),
+    Line("llama3-8b", "h100:1", kernels="xla"),
+    Line("llama3-70b", "h100:8", kernels="xla"),
+    Line("llama3-8b", "v5e:1x1"),
+    Line("qwen3-8b", "h100:1", kernels="xla"),
+    Line("mixtral-8x7b", "h100:8", kernels="xla"),
+    Line("qwen3-30b-a3b", "h100:1", kernels="xla"),
+    Line("qwen3-30b-a3b", "h100:8", "expert=2,tensor=4", kernels="xla"),
+    Line("llama3-70b", "v5p:2x2x1"),
+    Line("llama3-70b", "v5e:4x4"),
+    Line("qwen3-8b", "v5e:2x2"),
+    Line("mixtral-8x7b", "v5e:2x4"),
     Line("qwen3-30b-a3b", "v5e:2x4", "expert=2,tensor=4"),
-    Line("qwen3-30b-a3b", "v5p:2x2x1"),
-    Line("llama3-8b", "v5e:1x1", remedies=True),
-    Line("llama3-8b", "v5e:2x2", whole=True),
+    Line("llama3-8b", "v5e:16x16", rows=256),
     Line("llama3-70b", "v6e:16x16", rows=256),
     Line("llama3-70b", "v5p:4x4x8", rows=128),
+    Line("qwen3-8b", "v6e:1x1"),
+    Line("llama3-8b", "v6e:1x1"),
+    Line("mixtral-8x7b", "v5p:2x2x1"),
+    Line("qwen3-30b-a3b", "v5p:2x2x1"),
     Line("qwen3-30b-a3b", "v5e:16x16", "data=32,expert=2,tensor=4", rows=256),
-    Line("qwen3-8b", "v5e:2x4"),
+    Line("llama3-8b", "v5e:2x2", whole=True),
+    Line("qwen3-8b", "v5e:1x1", remedies=True),
     Line("mixtral-8x7b", "v5e:2x2", remedies=True),
     Line("qwen3-30b-a3b", "v5e:2x2", remedies=True),
 ]
@@ -146,7 +148,7 @@ def examine(line: Line, names: Sequence[str] = ("decode",)
       config, line.topology,
       mesh or planning.default_mesh(config, line.topology, line.rows),
       rows=line.rows, capacity=line.capacity, prompt=line.prompt,
-      dtype=line.dtype)
+      dtype=line.dtype, kernels=line.kernels)
   start = time.perf_counter()
   plan = planning.make(setup, names, scaled=not line.whole)
   found = plan.as_dict()

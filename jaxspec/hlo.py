@@ -213,6 +213,7 @@ class _Op:
     return tuple(map(int, re.findall(r"\d+", self.attribute(key))))
 
 
+_KERNEL = re.compile(r"custom_call_target=\"(tpu_custom_call|mosaic_gpu)")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = ")
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
@@ -410,7 +411,7 @@ class _Reader:
     kind = op.opcode.removesuffix("-start")
     if kind in _KINDS:
       cost.collectives.append(self._collective(kind, op, ops, scope))
-    if (op.opcode == "custom-call" and "tpu_custom_call" in op.rest
+    if (op.opcode == "custom-call" and _KERNEL.search(op.rest)
         and "ragged-dot-metadata" not in (op.name or op.id)):   # of indices
       cost.uncounted.append(op.name or op.id)
     if op.opcode == "fusion":
