@@ -76,7 +76,8 @@ def test_arithmetic_is_the_closed_form(family):
 
 
 SIZES = dict(width=512, heads=8, head_size=128, mlp=1024, vocab=1024, depth=1)
-EXPERTS = dict(experts=4, experts_per_token=2)
+# Experts that do not fit into VMEM: what does is kept there over all steps.
+EXPERTS = dict(experts=4, experts_per_token=2, width=2048, mlp=4096)
 slow = pytest.mark.slow
 
 
@@ -126,8 +127,7 @@ def test_eight_bits_are_planned_for():
   assert plan.weights == count + 4 * outputs + 4 * norms + (
       2 * c.vocab * c.width)
   assert plan.weights < planning.estimate(wide)
-  assert planning.estimate(small) == pytest.approx(plan.weights + plan.cache,
-                                                   rel=0.02)
+  assert planning.estimate(dataclasses.replace(small, rows=0)) == plan.weights
   assert plan.programs["decode"].cost.flops["s8"] == pytest.approx(
       2 * 2 * count, rel=0.02)
   with pytest.raises(InputError, match="decode loads none"):
