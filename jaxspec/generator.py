@@ -9,6 +9,7 @@
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
 import time
 import types
@@ -30,6 +31,7 @@ from jaxspec import (
   naming,
   opening,
   pacing,
+  profiling,
   sharding,
   verifiers,
 )
@@ -187,6 +189,7 @@ class Generator:
         self._work = self._name_work(cache)
       self._recall_costs()
     self._busy = False
+    self._rounds = itertools.count()     # for profiles
     self.drift = DriftMonitor()
     init = jax.jit(lambda model, drafter: loop.init(
         model, drafter, new_cache(), capacity=self.capacity, stops=STOPS,
@@ -342,7 +345,8 @@ class Generator:
         yield from answer.take(_View(state), 0)
       steps = self._loop.stream(self.model, self.drafter, self.verifier, state)
       while not answer.completion:
-        with self._here():       # not while the caller has control
+        # Not while the caller has control.
+        with self._here(), profiling.step("decode", next(self._rounds)):
           emission, state = next(steps)
         if emission.settled:
           yield from answer.take(_View(state), 0)
@@ -411,8 +415,9 @@ class Generator:
   def _decode(self, state: DecodeState, steps: int, wait: bool) -> DecodeState:
     """Some steps on the device; the first of a run are also measured."""
     def decode(drafter, state, steps):
-      return self._loop.decode(self.model, drafter, self.verifier, state,
-                               np.int32(steps), np.bool_(wait))
+      with profiling.step("decode", next(self._rounds)):
+        return self._loop.decode(self.model, drafter, self.verifier, state,
+                                 np.int32(steps), np.bool_(wait))
 
     if not self._meter:
       return decode(self.drafter, state, steps)

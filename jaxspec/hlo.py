@@ -16,7 +16,15 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
+from typing import Any
 
 _BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128,
          "s2": 2, "u2": 2, "s4": 4, "u4": 4, "f4e2m1fn": 4}
@@ -106,11 +114,30 @@ def total(costs: Mapping[str, Cost]) -> Cost:
   return whole
 
 
-def count(text: str, *, scopes: Collection[str] = (), step: str | None = None,
-          trips: Callable[[str], float] = lambda name: 1.0,
-          dearest: Callable[[str], bool] = lambda name: True
-          ) -> dict[str, Cost]:
-  """What a program costs, by named scope; "" is what lies in none.
+@dataclasses.dataclass
+class Operation:
+  """One operation of a program.
+
+  Attributes:
+    scope: the named scope it is in, "" for none.
+    name: the operation it came from, as jax names it.
+    times: how often it runs.
+    cost: of one time.
+  """
+
+  scope: str
+  opcode: str
+  name: str
+  times: float
+  cost: Cost
+
+
+def operations(text: str, *, scopes: Collection[str] = (),
+               step: str | None = None,
+               trips: Callable[[str], float] = lambda name: 1.0,
+               dearest: Callable[[str], bool] = lambda name: True
+               ) -> list[Operation]:
+  """All that a program runs and that costs something.
 
   Args:
     text: `compiled.as_text()`.
@@ -123,11 +150,24 @@ def count(text: str, *, scopes: Collection[str] = (), step: str | None = None,
   """
   reader = _Reader(_parse(text), tuple(scopes), trips, dearest)
   if step is None:
-    return reader.cost(reader.entry, "")
+    return list(reader.walk(reader.entry, ""))
   for op in reader.computations[reader.entry].values():
     if op.opcode == "while" and op.name == step:
-      return reader.cost(op.calls["body"], "")
+      return list(reader.walk(op.calls["body"], ""))
   raise ValueError(f"the program has no loop {step!r}")
+
+
+def by_scope(found: Iterable[Operation]) -> dict[str, Cost]:
+  """What operations cost, by named scope; "" is what lies in none."""
+  costs: dict[str, Cost] = {}
+  for one in found:
+    costs.setdefault(one.scope, Cost()).add(one.cost, one.times)
+  return costs
+
+
+def count(text: str, **how: Any) -> dict[str, Cost]:
+  """What a program costs, by named scope; `how` is that of `operations`."""
+  return by_scope(operations(text, **how))
 
 
 # Reading the text.
@@ -173,6 +213,7 @@ class _Op:
     return tuple(map(int, re.findall(r"\d+", self.attribute(key))))
 
 
+_KERNEL = re.compile(r"custom_call_target=\"(tpu_custom_call|mosaic_gpu)")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = ")
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
@@ -258,20 +299,28 @@ class _Reader:
                dearest: Callable[[str], bool]):
     self.computations, self.entry = parsed
     self._scopes, self._trips, self._dearest = scopes, trips, dearest
-    self._known: dict[tuple[str, str], dict[str, Cost]] = {}
 
-  def cost(self, computation: str, scope: str) -> dict[str, Cost]:
-    """By scope; what names none is in `scope`."""
-    key = computation, scope
-    if key not in self._known:
-      found: dict[str, Cost] = {}
-      ops = self.computations[computation]
-      inherited = self._inherited(ops, scope)
-      for op in ops.values():
-        for where, cost in self._of(op, ops, inherited[op.id]):
-          found.setdefault(where, Cost()).add(cost)
-      self._known[key] = found
-    return self._known[key]
+  def walk(self, computation: str, scope: str, times: float = 1.0
+           ) -> Iterator[Operation]:
+    """What it runs, in order; what names no scope is in `scope`."""
+    ops = self.computations[computation]
+    inherited = self._inherited(ops, scope)
+    for op in ops.values():
+      kind, where = op.opcode, inherited[op.id]
+      if kind in _FREE or kind.endswith(("-done", "-update")):
+        continue
+      if kind == "while":
+        rounds = times * self._times(op, ops)
+        for part in ("body", "condition"):
+          yield from self.walk(op.calls[part], where, rounds)
+      elif kind == "conditional":
+        yield from self.walk(self._choice(op, where), where, times)
+      elif kind in ("call", "async-start"):
+        name = op.calls.get("calls") or op.calls["to_apply"]
+        yield from self.walk(name, where, times)
+      else:
+        yield Operation(where, kind, op.name or op.id, times,
+                        self._simple(op, ops, where))
 
   def _inherited(self, ops: dict[str, _Op], outer: str) -> dict[str, str]:
     """The scope of each operation; one without is of who uses it first."""
@@ -298,34 +347,14 @@ class _Reader:
     parts = name.split("/")
     return next((part for part in parts if part in self._scopes), "")
 
-  def _of(self, op: _Op, ops: dict[str, _Op], scope: str
-          ) -> Iterator[tuple[str, Cost]]:
-    kind = op.opcode
-    if kind in _FREE or kind.endswith(("-done", "-update")):
-      return
-    if kind == "while":
-      times = self._times(op, ops)
-      for part in ("body", "condition"):
-        for where, cost in self.cost(op.calls[part], scope).items():
-          scaled = Cost()
-          scaled.add(cost, times)
-          yield where, scaled
-      return
-    if kind == "conditional":
-      yield from self._choice(op, scope)
-      return
-    if kind in ("call", "async-start"):
-      name = op.calls.get("calls") or op.calls.get("to_apply")
-      yield from self.cost(name, scope).items()
-      return
-    yield scope, self._simple(op, ops, scope)
-
-  def _choice(self, op: _Op, scope: str) -> Iterator[tuple[str, Cost]]:
-    branches = [self.cost(name, scope) for key, name in op.calls.items()
+  def _choice(self, op: _Op, scope: str) -> str:
+    """The branch that is counted."""
+    def cost(name: str) -> tuple[float, float]:
+      found = total(by_scope(self.walk(name, scope)))
+      return found.bytes, found.all_flops
+    branches = [name for key, name in op.calls.items()
                 if key.startswith(("branch", "true", "false"))]
-    pick = max if self._dearest(op.name) else min
-    yield from pick(branches, key=lambda found: (
-        total(found).bytes, total(found).all_flops)).items()
+    return (max if self._dearest(op.name) else min)(branches, key=cost)
 
   def _times(self, op: _Op, ops: dict[str, _Op]) -> float:
     known = re.search(r'known_trip_count":?=?\{"n":"(\d+)"', op.rest)
@@ -372,13 +401,18 @@ class _Reader:
     figures = re.search(r'"cost_estimate":(\{[^{}]*\})', op.rest)
     if figures:
       told = json.loads(figures[1])
-      cost.bytes = float(told["bytes_accessed"])
-      cost.flops[_multiplied(op, ops)] = float(told["flops"])
+      # What was brought into fast memory before was counted there.
+      near = sum(s.bytes - s.main for o in op.operands if o in ops
+                 for s in ops[o].shapes)
+      cost.bytes = max(float(told["bytes_accessed"]) - near, 0.0)
+      if float(told["flops"]):
+        cost.flops[_in_kernel(op, ops)] = float(told["flops"])
       return cost
     kind = op.opcode.removesuffix("-start")
     if kind in _KINDS:
       cost.collectives.append(self._collective(kind, op, ops, scope))
-    if op.opcode == "custom-call" and "tpu_custom_call" in op.rest:
+    if (op.opcode == "custom-call" and _KERNEL.search(op.rest)
+        and "ragged-dot-metadata" not in (op.name or op.id)):   # of indices
       cost.uncounted.append(op.name or op.id)
     if op.opcode == "fusion":
       name = op.calls["calls"]
@@ -541,6 +575,16 @@ def _multiplied(op: _Op, ops: dict[str, _Op]) -> str:
     # A float32 that is not asked to be exact is rounded on the way.
     return "f32" if "highest" in op.rest else "bf16"
   return widest
+
+
+def _in_kernel(op: _Op, ops: dict[str, _Op]) -> str:
+  """The type in which a kernel computes: of what it reads most of.
+
+  Kernels widen integers before they multiply.
+  """
+  given = [s for o in op.operands if o in ops for s in ops[o].shapes]
+  most = max(given, key=lambda s: s.bytes, default=None)
+  return most.kind if most and most.kind in ("f32", "bf16") else "bf16"
 
 
 def _products(op: _Op, ops: dict[str, _Op]) -> float:

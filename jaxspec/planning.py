@@ -42,8 +42,9 @@ from jaxspec.kernels import choose, on
 from jaxspec.models import architectures, families
 from jaxspec.models.transformer import Config, Transformer, abstract_source
 from jaxspec.options import Options, as_request
+from jaxspec.profiling import SCOPES
+from jaxspec.quantization import quantize
 
-SCOPES = ("propose", "score", "verify", "commit", "observe")
 _GIB = 1 << 30
 # Names of topologies by the names of GPUs, and what XLA wants to know of them.
 _GPUS = {"h100": ("NVIDIA H100 80GB HBM3", 3352320000000, 84929347584),
@@ -69,6 +70,8 @@ class Setup:
     topology: devices by name, see `devices`.
     mesh: devices along each axis.
     prompt: tokens of a prompt, for the time it takes to read.
+    dtype: of the weights. `int8` is a model whose matrices have eight bits
+      (`jaxspec.quantization`); all else is bfloat16.
     cache_dtype: of keys and values; None for what `Generator` takes.
   """
 
@@ -86,6 +89,11 @@ class Setup:
   kernels: str | None = None
 
   @property
+  def wide(self) -> Any:
+    """The type of all that is not rounded."""
+    return jnp.dtype("bfloat16" if self.dtype == "int8" else self.dtype)
+
+  @property
   def devices(self) -> int:
     return math.prod(size for _, size in self.mesh)
 
@@ -94,6 +102,12 @@ class Setup:
     mesh = " ".join(f"{axis}={size}" for axis, size in self.mesh) or "one"
     return (f"{self.topology}, mesh {mesh}, {self.drafter}, {self.dtype}, "
             f"rows {self.rows}, capacity {self.capacity}")
+
+
+def abstract(config: Config, setup: Setup, mesh: Any) -> Transformer:
+  """A model of shapes, as a setup wants its weights."""
+  model = Transformer(config, abstract_source(setup.wide, mesh))
+  return quantize(model) if setup.dtype == "int8" else model
 
 
 # What is planned for.
@@ -243,12 +257,15 @@ class Blueprint:
                        "or data")
     sharding.check(mesh, kv_heads=config.kv_heads, mlp=config.mlp,
                    **({"experts": config.experts} if config.experts else {}))
-    dtype = jnp.dtype(setup.dtype)
-    self.cache_dtype = caches.stored_in(mesh, dtype, setup.cache_dtype)
+    self.cache_dtype = caches.stored_in(mesh, setup.wide, setup.cache_dtype)
     self.verifier = verifiers.parse(setup.verifier)
     self._target = choose(setup.kernels, mesh)
-    self.model = Transformer(config, abstract_source(dtype, mesh))
+    self.model = abstract(config, setup, mesh)
     self.drafter = self._make_drafter(setup.drafter)
+
+  @functools.cached_property
+  def state(self) -> DecodeState:
+    setup = self.setup
     kind, options = caches.parse(setup.cache)
 
     def begin(model: Any, drafter: Any) -> DecodeState:
@@ -258,7 +275,7 @@ class Blueprint:
                        stops=STOPS, biases=BIASES)
 
     with self.here():
-      self.state: DecodeState = placed(begin, self.model, self.drafter)
+      return placed(begin, self.model, self.drafter)
 
   def here(self) -> Any:
     """Within, programs are for the devices of this plan."""
@@ -271,7 +288,7 @@ class Blueprint:
                        "another drafter")
 
     def load(path: str) -> tuple[Any, Any]:
-      source = abstract_source(jnp.dtype(self.setup.dtype), self.mesh)
+      source = abstract_source(self.setup.wide, self.mesh)
       return Transformer(read_config(path), source), None
 
     target = drafters.Target(
@@ -377,6 +394,7 @@ class Program:
     arguments, outputs, temporaries, code: bytes on each device; `outputs` are
       those that take no argument's place.
     costs: by named scope, of a step where it is a loop of steps.
+    operations: what these are the sum of.
     refused: what the compiler said, where it does not fit.
   """
 
@@ -389,6 +407,8 @@ class Program:
   costs: dict[str, hlo.Cost] = dataclasses.field(default_factory=dict)
   refused: str = ""
   compiled: Any = dataclasses.field(default=None, repr=False, compare=False)
+  operations: list[hlo.Operation] = dataclasses.field(
+      default_factory=list, repr=False, compare=False)
 
   @property
   def cost(self) -> hlo.Cost:
@@ -612,18 +632,19 @@ def _compile(name: str, lowered: Any, trips: Callable[[str], float]
     return Program(name, time.perf_counter() - start, refused=str(e))
   seconds = time.perf_counter() - start
   memory = compiled.memory_analysis()
-  costs = hlo.count(
+  operations = hlo.operations(
       compiled.as_text(), scopes=SCOPES, trips=trips,
       step="jit(decode)/while" if name in ("decode", "plain") else None,
       # What only some requests ask for, sampling among it, is left out.
       dearest=lambda choice: "/verify/" not in choice)
+  costs = hlo.by_scope(operations)
   for cost in costs.values():
     cost.collectives = _merged(cost.collectives)
   return Program(
       name, seconds, memory.argument_size_in_bytes,
       max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0),
       memory.temp_size_in_bytes, memory.generated_code_size_in_bytes, costs,
-      compiled=compiled)
+      compiled=compiled, operations=operations)
 
 
 def _merged(found: Sequence[hlo.Collective]) -> list[hlo.Collective]:
@@ -715,8 +736,9 @@ def shallow(config: Config, depth: int) -> Config:
 
 def _scaled(setup: Setup, names: Sequence[str] | None, workers: int) -> Plan:
   config = setup.config
-  few = period(config)
-  more = 2 * few
+  # What surrounds layers is fused with the first and the last of them, and of
+  # very few all are kept in fast memory.
+  few, more = 2 * period(config), 3 * period(config)
   probe = Blueprint(dataclasses.replace(setup, rows=max(
       dict(setup.mesh).get("data", 1), 1), capacity=setup.capacity))
   taps = [tap for tap in probe.taps if tap < config.depth]
@@ -778,6 +800,9 @@ def keep(setup: Setup, folder: str | pathlib.Path, *, workers: int = 1
   Raises:
     InputError: the compiler refuses one.
   """
+  if setup.dtype == "int8":
+    raise InputError("programs of a model in eight bits are not kept, for "
+                     "decode loads none; leave out --save, or --dtype")
   blueprint = Blueprint(setup)
   model, drafter, state = blueprint.model, blueprint.drafter, blueprint.state
   mesh, rows = blueprint.mesh, setup.rows
@@ -902,15 +927,14 @@ def estimate(setup: Setup) -> float:
       tuple(sizes.get(axis, 1) for axis in sharding.MESH_AXES),
       sharding.MESH_AXES)
   weights = 0
-  for leaf in jax.tree.leaves(Transformer(config, abstract_source(
-      jnp.dtype(setup.dtype), mesh))):
+  for leaf in jax.tree.leaves(abstract(config, setup, mesh)):
     weights += _bytes_on_a_device(leaf)
   rows = setup.rows // sizes.get("data", 1)
   heads = config.kv_heads // sizes.get("tensor", 1)
   slots = sum(min(window or setup.capacity, setup.capacity)
               if setup.cache.startswith("window") else setup.capacity
               for window in config.windows)
-  width = jnp.dtype(setup.cache_dtype or setup.dtype).itemsize
+  width = jnp.dtype(setup.cache_dtype or setup.wide).itemsize
   return weights + 2.0 * rows * heads * config.head_size * slots * width
 
 
@@ -923,7 +947,7 @@ def changes(setup: Setup) -> list[tuple[str, Setup]]:
 
   config = setup.config
   if setup.dtype == "float32":
-    change("weights in bfloat16", dtype="bfloat16")
+    change("--dtype=bfloat16", dtype="bfloat16")
   for mesh in meshes(config, len(devices(setup.topology)), setup.rows):
     if mesh != setup.mesh:
       change("--mesh=" + ",".join(f"{a}={n}" for a, n in mesh), mesh=mesh)

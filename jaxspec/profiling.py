@@ -17,6 +17,8 @@ import jax
 
 from jaxspec.errors import InputError
 
+# The stages of a step, see `jaxspec.stages`.
+SCOPES = ("propose", "score", "verify", "commit", "observe")
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _FROM_CACHE = "/jax/compilation_cache/cache_hits"
 

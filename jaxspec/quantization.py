@@ -5,6 +5,11 @@ It is another model with another law; as a drafter it changes no text.
 """
 
 import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxspec.models.transformer import Transformer, source_of
 from pallas_kernels import quantized
@@ -18,7 +23,8 @@ def quantize(model: Transformer) -> Transformer:
 
   What is not rounded is shared, not copied: norms, biases, experts and their
   routers, and the embedding table, in which rows are looked up. Where that
-  table is the head too, the copy has a head of its own.
+  table is the head too, the copy has a head of its own. Of shapes alone, it is
+  the copy's shapes.
   """
   config = dataclasses.replace(model.config, tied=False)
   weights = source_of(model)
@@ -32,6 +38,20 @@ def quantize(model: Transformer) -> Transformer:
       return weight
     if config.experts and name == "down":
       return weight
+    if isinstance(weight, jax.ShapeDtypeStruct):
+      return _outline(weight)
     return quantized.quantize(weight)
 
   return Transformer(config, source)
+
+
+def _outline(weight: jax.ShapeDtypeStruct) -> QArray:
+  """The shapes of a rounded weight, split as the weight was."""
+  def like(dims: int, dtype: Any) -> jax.ShapeDtypeStruct:
+    placed = weight.sharding
+    if isinstance(placed, NamedSharding):
+      placed = NamedSharding(placed.mesh, PartitionSpec(*placed.spec[:dims]))
+    return jax.ShapeDtypeStruct(weight.shape[:dims], dtype, sharding=placed)
+
+  dims = len(weight.shape)
+  return QArray(like(dims, jnp.int8), like(dims - 1, jnp.float32))

@@ -26,7 +26,7 @@ else:  # Imported when needed, so that --help loads no jax.
   Plan = Any
 
 # A compiler for TPUs must not look for one, nor lock it.
-_WITHOUT_DEVICE = {
+WITHOUT_DEVICE = {
   "JAX_PLATFORMS": "cpu",
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
@@ -79,8 +79,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flag_values=values,
   )
   flags.DEFINE_enum(
-    "dtype", "bfloat16", ["bfloat16", "float32"], "of the weights",
-    flag_values=values,
+    "dtype", "bfloat16", ["bfloat16", "float32", "int8"], "of the weights; "
+    "int8 is a model rounded to eight bits (jaxspec/quantization.py), another "
+    "law", flag_values=values,
   )
   string("cache", "contiguous", "as for decode")
   string("cache_dtype", None, "of keys and values; by default the weights'")
@@ -129,6 +130,13 @@ def define_flags(values: flags.FlagValues) -> None:
     "a folder for the compiled programs, which decode --executables=FOLDER "
     "loads on such devices; prompts of --prompt tokens are provided for",
   )
+  flags.DEFINE_boolean(
+    "profile",
+    False,
+    "print where the time of a step goes, by named scope and operation, as "
+    "counted in the compiled program",
+    flag_values=values,
+  )
   string("json", None, "a file for all figures")
   string("plot", None, "a file for a picture: memory, and time of a step")
 
@@ -144,8 +152,12 @@ def main(settings: types.SimpleNamespace) -> int:
     raise InputError("--sweep tries all meshes; leave out --mesh")
   if settings.price and not settings.sweep:
     raise InputError("--price is for --sweep; add that, or leave it out")
+  if settings.profile and (settings.sweep or settings.few_layers
+                           or settings.save):
+    raise InputError("--profile is of one program with all its layers; leave "
+                     "out --sweep, --few_layers and --save")
   acceptance = _shares(settings.acceptance)
-  for name, value in _WITHOUT_DEVICE.items():
+  for name, value in WITHOUT_DEVICE.items():
     os.environ.setdefault(name, value)
   import jax
 
@@ -172,6 +184,8 @@ def main(settings: types.SimpleNamespace) -> int:
       plans.append(plan)
       for line in report(settings.model, plan, acceptance):
         print(line, flush=True)
+      if settings.profile and plan.timed:
+        print("\n".join(profile(plan)), flush=True)
       if not plan.fits and settings.remedies:
         _say_remedies(planning.remedies(setup, **how))
   if settings.json:
@@ -290,6 +304,47 @@ def report(model: str, plan: Plan, acceptance: Sequence[float]) -> list[str]:
       f"{plan.per_second(acceptance):.1f} tokens/s a row, "
       f"{setup.rows * plan.per_second(acceptance):.0f} in all"
       + (f", {gain:.2f} times plain decoding" if plan.height else ""))
+  return [*lines, ""]
+
+
+def profile(plan: Plan, top: int = 12) -> list[str]:
+  """Where the time of a decoding step goes, by scope and by operation.
+
+  Each is what it takes at least by itself; operations that jax calls the same
+  are one, such as those of all layers.
+  """
+  from jaxspec import hlo, roofline
+
+  def seconds(cost: Any) -> float:
+    return roofline.least(cost, plan.kind).seconds
+
+  program = plan.programs["decode"]
+  whole = sum(map(seconds, program.costs.values()))
+  lines = ["  where a step goes, in the compiled program:",
+           f"    {'scope':<10}{'ms':>9}{'share':>8}{'MiB':>10}{'GFLOP':>9}"
+           "  limit"]
+  for scope, cost in sorted(program.costs.items(),
+                            key=lambda item: -seconds(item[1])):
+    took = seconds(cost)
+    lines.append(
+      f"    {scope or 'no scope':<10}{1e3 * took:>9.3f}{took / whole:>8.1%}"
+      f"{cost.bytes / _MIB:>10.1f}{cost.all_flops / 1e9:>9.2f}  "
+      f"{roofline.least(cost, plan.kind).limit}")
+  alike: dict[tuple[str, str, str], hlo.Cost] = {}
+  times: dict[tuple[str, str, str], float] = {}
+  for one in program.operations:
+    name = one.name.rpartition(f"/{one.scope}/")[2]
+    key = one.scope, name, one.opcode
+    alike.setdefault(key, hlo.Cost()).add(one.cost, one.times)
+    times[key] = times.get(key, 0.0) + one.times
+  lines += ["", f"    {'ms':>9}{'share':>8}{'MiB':>10}{'times':>7}  operation"]
+  ranked = sorted(alike, key=lambda key: -seconds(alike[key]))[:top]
+  for key in ranked:
+    took = seconds(alike[key])
+    lines.append(
+      f"    {1e3 * took:>9.3f}{took / whole:>8.1%}"
+      f"{alike[key].bytes / _MIB:>10.1f}{times[key]:>7.0f}  "
+      f"{key[0] or 'no scope'}: {key[1]} ({key[2]})")
   return [*lines, ""]
 
 

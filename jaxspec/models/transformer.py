@@ -342,12 +342,12 @@ def random_source(seed: int, dtype: Any = jnp.float32, scale: float = 1.0,
 
 
 def source_of(model: Transformer) -> Source:
-  """The weights of a model, for another one that shares them."""
+  """The weights of a model, or its shapes, for another one to share."""
   def source(path, shape, axes, wanted=None):
     if not path.startswith("layers."):
-      return getattr(model, path)[...]
+      return getattr(model, path).get_value()
     _, layer, name = path.split(".")
-    return getattr(model.layers[int(layer)], name)[...]
+    return getattr(model.layers[int(layer)], name).get_value()
   return source
 
 

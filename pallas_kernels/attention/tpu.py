@@ -90,15 +90,26 @@ def moved_bytes(query_shape, key_shape, nodes: int, lengths, *, key_dtype,
     lengths: positions that each row holds, in the slots from its first on.
     slots: of the longest row there may be.
   """
-  rows, tokens, heads, size = query_shape
-  groups = key_shape[1]
   plan = _plan(query_shape, key_shape, jnp.dtype(key_dtype), slots, paged,
                scales, target)
-  # The first block begins with a block, the last one ends with a unit.
-  first = [0 if window is None else max(0, n - window + 1) // plan.block
-           for n in lengths]
-  units = [-(-n // plan.unit) - plan.units * begin
-           for n, begin in zip(lengths, first)]
+  return _moved(plan, query_shape, key_shape[1], nodes, lengths,
+                key_dtype=key_dtype, dtype=dtype, scales=scales, words=words,
+                window=window)
+
+
+def _units(plan, length, window):
+  """Units of a row that are walked.
+
+  The first block begins with a block, the last one ends with a unit.
+  """
+  first = 0 if window is None else max(0, length - window + 1) // plan.block
+  return -(-length // plan.unit) - plan.units * first
+
+
+def _moved(plan, query_shape, groups, nodes, lengths, *, key_dtype, dtype,
+           scales, words, window):
+  rows, tokens, heads, size = query_shape
+  units = [_units(plan, n, window) for n in lengths]
   blocks = [-(-n // plan.units) for n in units]
   parts = groups // plan.heads
   each = jnp.dtype(key_dtype).itemsize
@@ -286,6 +297,15 @@ def _attend(query, key, value, fresh_key, fresh_value, slot_positions,
       streamed=slot_streams is not None)
   scalars = [spans.reshape(-1)] + ([] if table is None else [table.astype(
       jnp.int32)])
+  # How much rows hold is known when it runs: at most, all there is room for.
+  attended = _units(plan, slots, window) * plan.unit + nodes
+  cost = pl.CostEstimate(
+      flops=4 * rows * tokens * heads * size * attended,
+      transcendentals=rows * tokens * heads * attended,
+      bytes_accessed=_moved(
+          plan, query.shape, groups, nodes, (slots,) * rows,
+          key_dtype=key.dtype, dtype=dtype, scales=key_scale is not None,
+          words=seen.shape[-1], window=window))
   out = pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -302,7 +322,7 @@ def _attend(query, key, value, fresh_key, fresh_value, slot_positions,
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary"),
           vmem_limit_bytes=48 << 20),
-      interpret=interpret, name="tree_attention",
+      cost_estimate=cost, interpret=interpret, name="tree_attention",
   )(*scalars, *inputs)
   out = out.reshape(rows, groups, tokens, share, size)
   return jnp.moveaxis(out, 1, 2).reshape(query.shape)

@@ -47,6 +47,7 @@ def streamed_matmul(x, stack, layer, live, *, target: Target):
   rows, inputs = x.shape
   outputs = stack.shape[1]
   _check("streamed_matmul", x, [stack])
+  cost = _cost(x, stack, outputs=outputs, live=live is not None)
   tile = _tile("streamed_matmul", target, rows, outputs, _layer_bytes(stack))
   scratch = []
   if isinstance(stack, GroupedQArray):
@@ -71,7 +72,7 @@ def streamed_matmul(x, stack, layer, live, *, target: Target):
   return _stream("streamed_matmul", start, step, layer=layer, live=live,
                  resident=resident, streamed=streamed,
                  out=jax.ShapeDtypeStruct((rows, outputs), jnp.float32),
-                 scratch=scratch, target=target)
+                 scratch=scratch, cost=cost, target=target)
 
 
 def quantized_matmul(x, weight, *, target: Target):
@@ -94,6 +95,8 @@ def fused_mlp(x, norm, gate, up, down, layer, live, *, eps, activation,
   size = gate.shape[1]
   tile = _tile("fused_mlp", target, len(x), size,
                sum(map(_layer_bytes, weights)))
+  cost = _cost(x, *weights, norm=norm, outputs=x.shape[1],
+               live=live is not None)
   resident = [x, _row(norm, layer)]
   if isinstance(gate, QArray):
     resident += [_row(w.scale, layer) for w in weights]
@@ -104,7 +107,7 @@ def fused_mlp(x, norm, gate, up, down, layer, live, *, eps, activation,
       layer=layer, live=live, resident=resident,
       streamed=[_outputs(gate, tile), _outputs(up, tile), (down, 1, tile)],
       out=jax.ShapeDtypeStruct(x.shape, jnp.float32),
-      scratch=[pltpu.VMEM(x.shape, x.dtype)], target=target,
+      scratch=[pltpu.VMEM(x.shape, x.dtype)], cost=cost, target=target,
       finish=_rescale if len(resident) > 2 else None)
 
 
@@ -136,8 +139,17 @@ def moved_bytes(x: Any, *stacks: Any, norm: Any = None, outputs: int,
   return total
 
 
+def _cost(x, *stacks, norm=None, outputs, live):
+  """Of a call in which some row is live."""
+  products = sum(math.prod(stack.shape[1:]) for stack in stacks)
+  return pl.CostEstimate(
+      flops=2 * len(x) * products, transcendentals=0,
+      bytes_accessed=moved_bytes(x, *stacks, norm=norm, outputs=outputs,
+                                 live=live))
+
+
 def _stream(op, start, step, *, layer, live, resident, streamed, out, scratch,
-            target, finish=None):
+            cost, target, finish=None):
   """One program that runs `step` on every tile while the next is copied.
 
   Args:
@@ -227,6 +239,7 @@ def _stream(op, start, step, *, layer, live, resident, streamed, out, scratch,
                           pltpu.SemaphoreType.DMA((len(streamed), 2)),
                           *scratch]),
       compiler_params=pltpu.CompilerParams(vmem_limit_bytes=needed),
+      cost_estimate=cost,
       interpret=target.interpret,
       name=op,
   )(head, *resident, *(array for array, _, _ in streamed))

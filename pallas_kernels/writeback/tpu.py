@@ -54,6 +54,12 @@ def commit_kv(buffers, fresh, path, slots, *, scales, paged, target: Target):
       functools.partial(
           _kernel, count=count, window=window, room=room, flipped=flipped,
           quantized=scales is not None, nodes=path.shape[1]),
+      # As if each row wrote all it may, from a first slot on.
+      cost_estimate=pl.CostEstimate(
+          flops=0, transcendentals=0, bytes_accessed=moved_bytes(
+              [range(path.shape[1])] * path.shape[0], buffers[0].shape, count,
+              buffers[0].dtype.itemsize, fresh[0].dtype.itemsize,
+              path.shape[1], target=target, paged=paged)),
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in held],
       in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(arguments)
       + [anywhere] * (count + len(held)),

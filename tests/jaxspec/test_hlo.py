@@ -73,6 +73,19 @@ def test_scopes_are_told_apart():
   assert costs["second"].all_flops == 2 * once
 
 
+def test_operations_add_up_to_what_is_counted():
+  def f(x, w):
+    with jax.named_scope("first"):
+      x = lax.fori_loop(0, 7, lambda i, x: jnp.tanh(x @ w), x)
+    with jax.named_scope("second"):
+      return x @ w.T
+  text = compiled(f, (16, 64), (64, 64))
+  found = hlo.operations(text, scopes=("first", "second"))
+  assert hlo.by_scope(found) == hlo.count(text, scopes=("first", "second"))
+  products = [(one.scope, one.times) for one in found if one.cost.all_flops]
+  assert sorted(products) == [("first", 7), ("second", 1)]
+
+
 def test_of_branches_the_dearest_or_the_cheapest():
   def f(x, w):
     return lax.cond(jnp.sum(x) > 0, lambda: x @ w, lambda: x)
@@ -153,7 +166,7 @@ ENTRY %main (a: bf16[8,16,64], b: bf16[8,64,32]) -> f32[8,16,32] {
   %b = bf16[8,64,32]{2,1,0:T(8,128)(2,1)} parameter(1)
   %start = (bf16[8,16,64]{2,1,0:T(8,128)(2,1)S(1)}, bf16[8,16,64]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%a)
   %done = bf16[8,16,64]{2,1,0:T(8,128)(2,1)S(1)} copy-done(%start)
-  %k = f32[8,16,32]{2,1,0:T(8,128)} custom-call(%done, %b), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/verify/kernel"}, backend_config={"custom_call_config":{"body":"eHg=","cost_estimate":{"flops":"123","transcendentals":"7","bytes_accessed":"456","remote_bytes_transferred":"0"}}}
+  %k = f32[8,16,32]{2,1,0:T(8,128)} custom-call(%done, %b), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/verify/kernel"}, backend_config={"custom_call_config":{"body":"eHg=","cost_estimate":{"flops":"123","transcendentals":"7","bytes_accessed":"45600","remote_bytes_transferred":"0"}}}
   ROOT %f = f32[8,16,32]{2,1,0:T(8,128)} fusion(%done, %b), kind=kOutput, calls=%fused
 }
 """
@@ -161,10 +174,10 @@ ENTRY %main (a: bf16[8,16,64], b: bf16[8,64,32]) -> f32[8,16,32] {
 
 def test_what_a_tpu_keeps_in_fast_memory_is_not_moved_twice():
   """A batched product is a convolution there; what is prefetched is moved
-  once; a kernel says itself what it costs."""
+  once, for a kernel too, which says itself what it costs."""
   costs = hlo.count(TPU, scopes=("score", "verify"))
   moved = 2 * (8 * 16 * 64 + 8 * 64 * 32) + 4 * 8 * 16 * 32
   found = hlo.total(costs)
   assert found.flops == {"bf16": 123 + 2 * 8 * 16 * 64 * 32}
-  assert found.bytes == moved + 456
+  assert found.bytes == moved + 45600 - 2 * 8 * 16 * 64
   assert costs["verify"].flops == {"bf16": 123}

@@ -31,7 +31,8 @@ def matrices(config) -> int:
   """Elements of all matrices that a token is multiplied with."""
   c = config
   heads = c.heads * c.head_size
-  layer = c.width * (2 * heads + 2 * c.kv_heads * c.head_size + 3 * c.mlp)
+  mlp = 3 * c.mlp * (c.experts_per_token or 1) + c.experts
+  layer = c.width * (2 * heads + 2 * c.kv_heads * c.head_size + mlp)
   return c.depth * layer + c.vocab * c.width
 
 
@@ -72,6 +73,65 @@ def test_arithmetic_is_the_closed_form(family):
   wanted = 2 * tokens * (matrices(c) - c.vocab * c.width) + attention
   found = plan.programs["prefill"].cost.all_flops
   assert found == pytest.approx(wanted, rel=0.02)
+
+
+SIZES = dict(width=512, heads=8, head_size=128, mlp=1024, vocab=1024, depth=1)
+# Experts that do not fit into VMEM: what does is kept there over all steps.
+EXPERTS = dict(experts=4, experts_per_token=2, width=2048, mlp=4096)
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("changes, kernels", [
+    (dict(), "tpu"),
+    pytest.param(dict(), "xla", marks=slow),
+    pytest.param(dict(family="qwen2", qkv_bias=True), "tpu", marks=slow),
+    pytest.param(dict(family="qwen3", qk_norm=True), "tpu", marks=slow),
+    pytest.param(dict(family="gemma2", post_norms=True, attention_cap=50.0,
+                      logits_cap=30.0, activation="gelu_pytorch_tanh"), "tpu",
+                 marks=slow),
+    pytest.param(dict(family="mixtral", **EXPERTS), "tpu", marks=slow),
+    pytest.param(dict(family="qwen3_moe", qk_norm=True, **EXPERTS), "tpu",
+                 marks=slow)],
+    ids=lambda x: x.get("family", "llama") if isinstance(x, dict) else x)
+def test_a_step_on_a_tpu_is_the_closed_form(tpu_compiler, changes, kernels):
+  """What kernels say of themselves is what they are for: each weight and all
+  of the cache once."""
+  c = tiny_config(**(SIZES | changes))
+  rows, slots = 8, 1024
+  some = dataclasses.replace(
+      setup(c, rows=rows, capacity=slots, dtype="bfloat16", kernels=kernels),
+      topology="v5e:1x1")
+  plan = planning.make(some, ["decode"])
+  score = plan.programs["decode"].costs["score"]
+  attention = 4 * rows * (slots + 1) * c.heads * c.head_size
+  assert not score.uncounted
+  assert score.all_flops == pytest.approx(
+      2 * rows * matrices(c) + attention, rel=0.02)
+  every = 3 * c.width * c.mlp * (c.experts or 1) + c.width * c.experts
+  held = matrices(c) + every - 3 * c.width * c.mlp * (
+      c.experts_per_token or 1) - c.width * c.experts
+  cache = 2 * 2 * rows * c.kv_heads * slots * c.head_size
+  assert score.bytes == pytest.approx(2 * held + cache, rel=0.02)
+
+
+def test_eight_bits_are_planned_for():
+  config = tiny_config(tied=False)
+  wide = setup(config, dtype="bfloat16")
+  small = dataclasses.replace(wide, dtype="int8")
+  plan = planning.make(small, ["decode"])
+  # A byte each, and a scale for each output; the table of embeddings stays.
+  count, c = matrices(config), config
+  outputs = c.vocab + c.depth * (
+      (c.heads + 2 * c.kv_heads) * c.head_size + 2 * c.width + 2 * c.mlp)
+  norms = (2 * c.depth + 1) * c.width
+  assert plan.weights == count + 4 * outputs + 4 * norms + (
+      2 * c.vocab * c.width)
+  assert plan.weights < planning.estimate(wide)
+  assert planning.estimate(dataclasses.replace(small, rows=0)) == plan.weights
+  assert plan.programs["decode"].cost.flops["s8"] == pytest.approx(
+      2 * 2 * count, rel=0.02)
+  with pytest.raises(InputError, match="decode loads none"):
+    planning.keep(small, "folder")
 
 
 def test_few_layers_tell_what_all_take():

@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from jaxspec import loop
+from jaxspec import loop, sharding
 from jaxspec.drafters.autoregressive import Autoregressive
-from jaxspec.models.transformer import Transformer, random_source
+from jaxspec.models.transformer import (
+  Transformer,
+  abstract_source,
+  random_source,
+)
 from jaxspec.quantization import quantize
 from pallas_kernels import QArray
 from tests.jaxspec import batches
@@ -58,6 +62,20 @@ def test_what_is_rounded_and_what_is_shared(small):
   again = quantize(eight)
   np.testing.assert_array_equal(again.layers[0].qkv[...].values,
                                 eight.layers[0].qkv[...].values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_alone_are_rounded_to_shapes(kind):
+  """Split as the weights are."""
+  config = tiny_config(depth=1, **KINDS[kind])
+  mesh = sharding.make_mesh({"tensor": 2})
+  should = quantize(Transformer(config, random_source(
+      0, put=lambda x, axes: sharding.place(x, axes, mesh))))
+  is_ = quantize(Transformer(config, abstract_source(jnp.float32, mesh)))
+  assert jax.tree.structure(should) == jax.tree.structure(is_)
+  for one, other in zip(jax.tree.leaves(should), jax.tree.leaves(is_)):
+    assert (one.shape, one.dtype) == (other.shape, other.dtype)
+    assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
 
 
 def test_it_decodes_as_any_model_does(small):

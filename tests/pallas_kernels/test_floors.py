@@ -3,12 +3,14 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from pallas_kernels import floors, support
+from pallas_kernels.case import collect
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.errors import InputError
-from pallas_kernels.target import CHIPS, Chip
+from pallas_kernels.target import CHIPS, Chip, Target, aim
 from tests.pallas_kernels import samples
 
 # A byte takes a second, and so do ten operations.
@@ -42,6 +44,37 @@ def test_what_is_shown():
   assert record["ratio"] == 1.0
   assert record["chips"]["TPU v5 lite"]["seconds"] == pytest.approx(
       case.least_bytes / 819e9)
+
+
+FIRST = list({case.op: case for case in reversed(collect())}.values())
+
+
+def kernels(jaxpr):
+  """The calls of kernels in a program."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "pallas_call":
+      yield equation
+    for inner in jax.tree.leaves(list(equation.params.values())):
+      inner = getattr(inner, "jaxpr", inner)
+      if hasattr(inner, "eqns") and equation.primitive.name != "pallas_call":
+        yield from kernels(inner)
+
+
+@pytest.mark.parametrize("case", FIRST, ids=lambda case: case.op)
+def test_a_kernel_tells_the_compiler_what_it_costs(case):
+  """How much rows hold is not known when it does: what they have room for."""
+  with aim(Target("tpu", "TPU v5 lite")):
+    traced = jax.make_jaxpr(lambda *args: case.call(
+        *args, implementation="tpu"))(*case.arguments)
+  (call,) = kernels(traced.jaxpr)
+  cost = call.params["cost_estimate"]
+  if case.op != "accept_nodes":        # which multiplies no matrices
+    assert cost.flops >= 0.98 * case.operations
+  assert cost.bytes_accessed >= 0.98 * case.least_bytes
+  if case.op in ("fused_mlp", "streamed_matmul", "quantized_matmul",
+                 "proposal_head"):
+    assert cost.bytes_accessed == case.moved_bytes
+    assert cost.flops == pytest.approx(case.operations, rel=0.02)
 
 
 def test_support_is_what_the_dispatcher_says():

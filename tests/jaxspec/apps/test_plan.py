@@ -10,7 +10,7 @@ import pytest
 from jaxspec import __main__ as front_door
 from jaxspec import planning
 from jaxspec.apps import plan as app
-from jaxspec.hlo import Collective, Cost
+from jaxspec.hlo import Collective, Cost, Operation
 
 GIB = 1 << 30
 
@@ -79,6 +79,27 @@ def test_a_sweep_ranks_by_price(made, capsys):
   assert "v5e:2x2" in lines[0] and "v5e:2x4" in lines[-1]
 
 
+def test_a_profile_without_a_device():
+  setup = planning.Setup(planning.read_config("llama3-8b"), "v5e:1x1",
+                         (("tensor", 1),))
+  layer, commit = Cost(819e6), Cost(0, {"bf16": 197e9})
+  program = planning.Program(
+      "decode", costs={"score": Cost(2 * 819e6), "commit": commit}, operations=[
+          Operation("score", "fusion", "jit(decode)/while/body/score/dot", 1.0,
+                    layer),
+          Operation("score", "fusion", "jit(decode)/while/body/score/dot", 1.0,
+                    layer),
+          Operation("commit", "custom-call", "commit_kv", 1.0, commit)])
+  plan = planning.Plan(setup, "TPU v5 lite", 16e9, 1, 0, 0, 0, 0, 1, 0,
+                       {"decode": program})
+  lines = app.profile(plan)
+  assert lines[2].split() == ["score", "2.000", "66.7%", "1562.1", "0.00",
+                              "bandwidth"]
+  assert lines[3].split()[-1] == "arithmetic"
+  assert lines[6].split()[-4:] == ["2", "score:", "dot", "(fusion)"]
+  assert "commit: commit_kv (custom-call)" in lines[7]
+
+
 def test_a_picture_is_drawn(made, tmp_path):
   pytest.importorskip("matplotlib")
   file = tmp_path / "plan.png"
@@ -93,6 +114,7 @@ def test_a_picture_is_drawn(made, tmp_path):
     (["--topology=v5e:2x2", "--model=llama3-9b"], "Did you mean 'llama3-8b'"),
     (["--topology=v5e:2x2", "--acceptance=2"], "must be numbers in [0, 1]"),
     (["--topology=v5e:2x2", "--price=v5e=1"], "--price is for --sweep"),
+    (["--topology=v5e:2x2", "--profile", "--few_layers"], "--profile is of"),
     (["--topology=v5e:2x2", "--sweep", "--mesh=tensor=4"], "leave out --mesh"),
     (["--topology=v5e:2x2", "--capacity=9999"], "in [16, 8192]"),
     (["--topology=v5e:2x2", "--prompt=4096"], "in [1, 2047]"),

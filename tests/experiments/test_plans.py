@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of plans counts by hand what the compiler counts."""
+
+import pytest
+
+from experiments import plans
+from jaxspec import planning
+from tests.conftest import tiny_config
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+def test_a_line_is_held_against_what_is_counted_by_hand(monkeypatch):
+  # Wide enough that what is not a matrix counts little.
+  config = tiny_config(depth=3, width=128, mlp=256, heads=4, kv_heads=2,
+                       head_size=32, tied=False)
+  monkeypatch.setattr(planning, "read_config", lambda name: config)
+  line = plans.Line("tiny", "cpu:1", "tensor=1", rows=4, capacity=64,
+                    prompt=16, dtype="float32", whole=True)
+  found = plans.examine(line)
+  assert found["weights_and_cache_to_hand"] == pytest.approx(1, abs=0.02)
+  assert found["flops_to_hand"] == pytest.approx(1, abs=0.02)
+  assert found["uncounted"] == [] and found["key"] == line.key
+  assert found["fits"]
+  row = plans.table([found]).splitlines()[-1]
+  assert "tiny float32 (whole) | cpu:1 | tensor=1 | 4 |" in row
+
+
+def test_lines_are_told_apart_and_cover_what_they_must():
+  keys = [line.key for line in plans.LINES]
+  assert len(set(keys)) == len(keys)
+  models = {line.model for line in plans.LINES}
+  assert models == {"llama3-8b", "llama3-70b", "llama3.1-70b", "qwen3-8b",
+                    "mixtral-8x7b", "qwen3-30b-a3b"}
+  for model in models - {"llama3.1-70b"}:
+    kinds = {line.topology.partition(":")[0] for line in plans.LINES
+             if line.model == model}
+    assert {"v5e", "v5p", "h100"} <= kinds | {"v5p"} and len(kinds) >= 3
+
+
+def test_a_mixture_reads_all_experts_and_multiplies_a_few():
+  config = tiny_config(experts=4, experts_per_token=2)
+  dense = tiny_config()
+  mlp = 3 * config.width * config.mlp
+  more = plans.products(config, 1, 0, 0) - plans.products(dense, 1, 0, 0)
+  assert more == 2 * config.depth * (mlp + 4 * config.width)
+  setup = planning.Setup(config, "", rows=0)
+  other = planning.Setup(dense, "", rows=0)
+  # Tied: the table is read as the unembedding.
+  more = plans.step_bytes(setup) - plans.step_bytes(other)
+  assert more == 2 * config.depth * (3 * mlp + 4 * config.width)
+
+
+def test_the_public_figure_is_explained():
+  step = dict(seconds=0.02, limit="bandwidth", memory=0.015, arithmetic=0.001,
+              interconnect=0.005)
+  said = plans.against_the_public_figure(
+      dict(roofline=dict(step=step), tokens_per_second_per_row=50.0))
+  # Sixteen chips of 819 GB/s over 70 GB.
+  assert said["if_each_chip_read_a_sixteenth"] == pytest.approx(187, rel=0.02)
+  assert said["published_to_that"] == pytest.approx(0.85, abs=0.02)
+  assert said["of_the_step"] == dict(memory=0.75, interconnect=0.25)
