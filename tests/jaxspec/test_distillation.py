@@ -272,6 +272,7 @@ def test_who_sees_a_token_learns_what_follows_it():
   assert np.all(training.share(marks["medusa"]) < 0.2)
 
 
+@pytest.mark.slow
 def test_a_taught_eagle_drafts_what_is_accepted(tiny):
   """More than an untrained one, and the text is that of plain decoding."""
   prompts = batches.prompts(4)

@@ -158,6 +158,7 @@ def test_mixed_requests_compile_nothing_and_change_no_token(
   assert len({tuple(c.token_ids) for c in found}) > 150
 
 
+@pytest.mark.slow
 def test_widths_are_measured_on_the_work_at_hand(
     small, plain, tmp_path, monkeypatch):
   """An adaptive drafter's first steps are timed, and change no token."""
@@ -235,7 +236,7 @@ EXPERTS = dict(depth=1, experts=4, experts_per_token=2)
 @pytest.mark.parametrize("mesh, cache, sizes", [
     # (`caches/test_contract.py` has this cache on a mesh.)
     pytest.param({"data": 2}, "window", SIZES, marks=pytest.mark.slow),
-    ({"tensor": 2}, "contiguous", SIZES),
+    pytest.param({"tensor": 2}, "contiguous", SIZES, marks=pytest.mark.slow),
     ({"data": 2, "tensor": 2}, "paged:page=4", SIZES),
     ({"expert": 2}, "contiguous", EXPERTS)])
 def test_mesh_and_cache_do_not_matter(plain, mesh, cache, sizes):

@@ -95,7 +95,8 @@ def check(compiled, state_bytes: int) -> None:
 @pytest.mark.parametrize("drafter, kind", [
     # (And in half precision, below.)
     pytest.param("autoregressive", "contiguous", marks=pytest.mark.slow),
-    ("prompt_lookup", "contiguous"), ("prompt_lookup", "paged"),
+    ("prompt_lookup", "contiguous"),
+    pytest.param("prompt_lookup", "paged", marks=pytest.mark.slow),
     pytest.param("prompt_lookup", "window", marks=pytest.mark.slow),
     pytest.param("adaptive:drafter=[union:nodes=8],sizes=[1;4;8]",
                  "contiguous", marks=pytest.mark.slow)])
@@ -128,6 +129,7 @@ def test_llama_3_8b_on_four_v5e(v5e, drafter):
                         dtype=jnp.bfloat16, mesh=v5e))
 
 
+@pytest.mark.slow
 def test_layer_stream_on_four_v5e(v5e):
   """And nothing goes from chip to chip but one token's stream and what is
   said of it: no weight, no keys and no values."""

@@ -64,7 +64,8 @@ def begin(model, drafter, texts, options, *, kind="contiguous", chunk=512,
 @pytest.mark.parametrize("kind, chunk", [
     # (In one chunk rows are begun below, too.)
     pytest.param("contiguous", 512, marks=pytest.mark.slow),
-    ("contiguous", 16), ("paged", 16), ("window", 16)])
+    ("contiguous", 16), ("paged", 16),
+    pytest.param("window", 16, marks=pytest.mark.slow)])
 def test_text_and_cache_are_the_same(small, drafter, kind, chunk):
   for options in (GREEDY, dataclasses.replace(SAMPLED, logprobs=True)):
     check_text(small, drafter, options, kind, chunk)
@@ -186,8 +187,8 @@ def generator(model, drafter, **settings):
   return Generator(model, drafter=drafter, capacity=96, **settings)
 
 
-@pytest.mark.parametrize("adaptive", [False, pytest.param(
-    True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("adaptive", [False, True])
 def test_generators_read_either_way(small, adaptive):
   drafter = EarlyExit(ExitHead.init(small, layer=1, attention=True), CHAIN)
   if adaptive:

@@ -163,6 +163,7 @@ def test_exits_learn_and_the_law_is_kept(small):
   assert 0 < found["divergence"] < 0.1
 
 
+@pytest.mark.slow
 def test_turns_and_heads_of_few_words(tmp_path):
   """Who has no turn is not mentioned; trimmed heads are asked as others."""
   model = Transformer(tiny_config(depth=3), random_source(0))
@@ -206,6 +207,7 @@ def test_every_option_takes_effect(small, change):
 _LEARNT: dict = {}
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_the_rounding_alone():
   recipe = dataclasses.replace(RECIPE, curriculum="all", layer_dropout=0.3)
   rng = np.random.default_rng(0)

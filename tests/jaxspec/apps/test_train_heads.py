@@ -151,6 +151,7 @@ def quality(folder):
   return json.loads((folder / "report.json").read_text())["model"]
 
 
+@pytest.mark.slow
 def test_layerskip_tunes_the_model_too(tiny_model, data, tmp_path, capsys):
   """Heads are for the tuned model, and with both the text is the same."""
   folder = tmp_path / "run"
@@ -206,6 +207,7 @@ def test_a_whole_model_is_an_ordinary_checkpoint(tiny_model, data, tmp_path):
   heads.load(folder / "exit_2", tuned.model, "exit")
 
 
+@pytest.mark.slow
 def test_a_draft_model_is_a_checkpoint_of_fewer_layers(
     tiny_model, data, tmp_path):
   folder = tmp_path / "run"

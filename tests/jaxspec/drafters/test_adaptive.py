@@ -92,6 +92,7 @@ def test_width_is_that_of_the_row_that_gains_most(small, plain):
   assert width[0] > 5
 
 
+@pytest.mark.slow
 def test_a_forced_width_is_taken_whatever_pays(small, plain):
   adaptive = Adaptive.of(oracle(script(plain), live=1), SIZES, (1, 9, 9, 9))
   state = batches.begin(small, adaptive, PROMPTS, LONG, capacity=256)

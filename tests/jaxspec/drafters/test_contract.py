@@ -56,11 +56,10 @@ DRAWN = ("prompt_lookup",)
 # Decoded in every run with one row alone; and with other caches. Those keep
 # keys of their own, or their passes differ in kind: a chain, a tree, one of
 # varying width. The others draft such passes too, and in slow runs.
-ALONE = ("prompt_lookup", "early_exit", "medusa")
+ALONE = ("prompt_lookup", "early_exit")
 CACHED = {
-    "paged": ("autoregressive", "prompt_lookup", "early_exit", "draft_model",
-              "eagle", "medusa", "adaptive"),
-    "window": ("autoregressive", "prompt_lookup", "early_exit", "draft_model")}
+    "paged": ("prompt_lookup", "early_exit", "adaptive"),
+    "window": ("autoregressive", "draft_model")}
 
 
 def options(law: str, rows: int = 4):

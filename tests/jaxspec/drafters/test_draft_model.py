@@ -74,6 +74,7 @@ def test_a_model_drafts_for_itself(small, plain, law):
   assert state.counters.passes.tolist() == [passes(TOKENS - 1)] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 def test_eight_bits_are_nearly_the_model(small, plain, law):
   drafter = make(small, "draft_model")

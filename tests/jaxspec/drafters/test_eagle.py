@@ -42,7 +42,8 @@ def drafter_of(head, tree, **settings):
 
 
 @pytest.mark.parametrize("by, tree", [
-    ("token", CHAIN), ("feature", BUSHY), ("feature", None)])
+    pytest.param("token", CHAIN, marks=pytest.mark.slow),
+    ("feature", BUSHY), ("feature", None)])
 def test_a_head_that_knows_is_always_right(by, tree):
   """Behind token i + 1 comes its successor; so does behind feature i the
   successor of its successor."""
@@ -85,7 +86,8 @@ def knows_some():
   return cycles.eagle_head(feature=some)
 
 
-@pytest.mark.parametrize("recites, tree", [(True, CHAIN), (False, None)])
+@pytest.mark.parametrize("recites, tree", [
+    pytest.param(True, CHAIN, marks=pytest.mark.slow), (False, None)])
 def test_cache_is_that_of_a_fresh_pass(small, recites, tree):
   """Over the model's own features, and not over those that were drafted."""
   model = cycles.model() if recites else small

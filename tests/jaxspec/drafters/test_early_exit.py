@@ -128,6 +128,7 @@ def test_rows_stop_each_for_itself(tiny):
   assert batches.drafted(some) < batches.drafted(plain)
 
 
+@pytest.mark.slow
 def test_no_more_is_drafted_than_pays(tiny):
   """Of what is left out no layer is run, nor the head behind the last."""
   model, head = cycles.model(), cycles.exit_head(attention=True)
@@ -237,7 +238,8 @@ def test_a_stream_compiles_once(tiny, stopping):
   assert compiles.count == 0
 
 
-@pytest.mark.parametrize("options", [GREEDY, SAMPLED])
+@pytest.mark.parametrize("options", [
+    GREEDY, pytest.param(SAMPLED, marks=pytest.mark.slow)])
 def test_adaptive_early_exit_is_exact(tiny, options):
   head = ExitHead.init(tiny, layer=3, attention=True)
   prompts = batches.prompts(4)
@@ -301,7 +303,8 @@ def test_long_prompts_are_read_in_parts(tiny, monkeypatch):
   _check_cache(tiny, head, state)
 
 
-@pytest.mark.parametrize("tokens", [None, range(0, 64, 3)])
+@pytest.mark.parametrize("tokens", [
+    pytest.param(None, marks=pytest.mark.slow), range(0, 64, 3)])
 def test_drafts_are_samples_with_the_models_noise(tiny, tokens):
   """Of a chain node by node; what the head cannot say is never drafted."""
   head = ExitHead.init(tiny, layer=3, tokens=tokens)
@@ -326,8 +329,9 @@ def test_drafts_are_samples_with_the_models_noise(tiny, tokens):
 
 
 @pytest.mark.parametrize("tokens, options, measure", [
-    (None, [GREEDY, Options(temperature=0.8), Options(temperature=2.0)],
-     "margin"),
+    pytest.param(
+        None, [GREEDY, Options(temperature=0.8), Options(temperature=2.0)],
+        "margin", marks=pytest.mark.slow),
     (range(0, 64, 3), [GREEDY, Options(temperature=0.8), SAMPLED],
      "entropy")])
 def test_a_kernel_drafts_the_same(tiny, tokens, options, measure):

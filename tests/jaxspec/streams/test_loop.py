@@ -125,9 +125,12 @@ def test_what_counts_for_itself_is_not_forgotten_with_the_others(small):
     cache.empty(small, layout, WindowCache, 1, 40, np.float32)
 
 
-@pytest.mark.parametrize("name", ["reading", "table"])
-@pytest.mark.parametrize("options", [GREEDY, SAMPLED],
-                         ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name, options", [
+    ("reading", SAMPLED), ("table", GREEDY),
+    pytest.param("reading", GREEDY, marks=pytest.mark.slow),
+    pytest.param("table", SAMPLED, marks=pytest.mark.slow)],
+                         ids=["reading-sampled", "table-greedy",
+                              "reading-greedy", "table-sampled"])
 def test_drafted_rows_are_the_plain_ones(name, options):
   """A model that recites: what it wrote before, it writes again."""
   layout = layouts.reading() if name == "reading" else StreamLayout(

@@ -41,7 +41,9 @@ def scene():
 
 
 @pytest.mark.parametrize("implementation", ["xla", "tpu"])
-@pytest.mark.parametrize("mesh", [{}, {"data": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("mesh", [
+    pytest.param({}, marks=pytest.mark.slow), {"data": 2, "tensor": 2}],
+                         ids=str)
 def test_is_the_walk(implementation, mesh):
   proposal, laws = scene()
   wanted = exact(proposal, laws)

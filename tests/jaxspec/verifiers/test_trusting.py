@@ -105,6 +105,7 @@ def test_nothing_that_is_shown_is_taken_back(shift):
       state.counters.passes[0] * 4 + 1 - 24)
 
 
+@pytest.mark.slow
 def test_how_much_is_believed_is_the_drafters(tiny):
   """The surer it must be, the nearer the text is to the model's own."""
   head, prompts = ExitHead.init(tiny, layer=3), batches.prompts(4)
