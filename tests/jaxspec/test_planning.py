@@ -77,7 +77,7 @@ def test_arithmetic_is_the_closed_form(family):
 
 SIZES = dict(width=512, heads=8, head_size=128, mlp=1024, vocab=1024, depth=1)
 # Experts that do not fit into VMEM: what does is kept there over all steps.
-EXPERTS = dict(experts=4, experts_per_token=2, width=2048, mlp=4096)
+EXPERTS = dict(experts=32, experts_per_token=2, width=2048, mlp=4096)
 slow = pytest.mark.slow
 
 
