@@ -282,8 +282,8 @@ def _attend(query, key, value, fresh_key, fresh_value, slot_positions,
           scratch_shapes=[
               *buffers, pltpu.SemaphoreType.DMA((2,)),
               pltpu.SMEM((1,), jnp.int32),
-              pltpu.VMEM((plan.heads, height, 1), jnp.float32),
-              pltpu.VMEM((plan.heads, height, 1), jnp.float32),
+              pltpu.VMEM((plan.heads, height, _LANES), jnp.float32),
+              pltpu.VMEM((plan.heads, height, _LANES), jnp.float32),
               pltpu.VMEM((plan.heads, height, size), jnp.float32)]),
       out_shape=jax.ShapeDtypeStruct(q.shape, query.dtype),
       compiler_params=pltpu.CompilerParams(
@@ -379,16 +379,26 @@ def _kernel(spans, *refs, at, steps, rows, plan, scale, window, cap, dtype,
     s = s * factor
     return s if cap is None else cap * jnp.tanh(s / cap)
 
+  def spread(x, width):
+    """Of numbers that stand in all lanes, as many lanes as are wanted.
+
+    What is kept of each token stands in all lanes of a row, because to bring
+    one number into all takes more than to keep it there.
+    """
+    whole, rest = divmod(width, _LANES)
+    parts = [x] * whole + ([x[:, :rest]] if rest else [])
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
   def add(head, s, value, value_scale=None, minor=False, first=False):
     """Attends, by an online softmax, to values with scores `s`."""
     old = top[head]
     new = jnp.maximum(old, jnp.max(s, axis=1, keepdims=True))
-    s, shrink = jnp.exp(s - new), jnp.exp(old - new)
+    s, shrink = jnp.exp(s - spread(new, s.shape[1])), jnp.exp(old - new)
     top[head] = new
     total[head] = total[head] * shrink + jnp.sum(s, axis=1, keepdims=True)
     if value_scale is not None:
       s = s * value_scale
-    sums[head] = sums[head] * shrink + dot(
+    sums[head] = sums[head] * spread(shrink, sums.shape[2]) + dot(
         s.astype(dtype), value, ((1,), (1 if minor else 0,)))
 
   top[...] = jnp.full(top.shape, _LEAST, jnp.float32)
@@ -464,4 +474,5 @@ def _kernel(spans, *refs, at, steps, rows, plan, scale, window, cap, dtype,
 
   turn[0] = lax.fori_loop(begin, end, block, turn[0])
   for head in range(plan.heads):
-    out[0, head] = (sums[head] / total[head]).astype(out.dtype)
+    out[0, head] = (sums[head] / spread(total[head], sums.shape[2])).astype(
+        out.dtype)
