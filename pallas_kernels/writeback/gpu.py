@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`commit_kv` for GPUs (Hopper): a block of threads moves a node of some layers.
+"""`commit_kv` for GPUs (Hopper): a block of threads moves a node of layers.
 
 A GPU writes single slots, so that nothing is read but the nodes and nothing
 written but their slots: each node's keys and values of some buffers come to
