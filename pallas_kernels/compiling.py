@@ -178,7 +178,7 @@ def compile_tpu(case: Case, name: str, device: Any,
   if compiled is None:
     return dataclasses.replace(found, schedule=None)
   text, memory = compiled.as_text(), compiled.memory_analysis()
-  kernels = tuple(_CUSTOM_CALL.findall(text))
+  kernels = called(text)
   donated = sum(x.size * x.dtype.itemsize
                 for at in case.donated
                 for x in jax.tree.leaves(case.arguments[at]))
@@ -194,9 +194,19 @@ def compile_tpu(case: Case, name: str, device: Any,
     _clear(dump)
   return dataclasses.replace(
       found, status="fails" if problem else "compiles", reason=problem,
-      kernels=kernels, vmem=max(map(int, _VMEM.findall(text)), default=0),
+      kernels=kernels, vmem=vmem(text),
       temporaries=memory.temp_size_in_bytes,
       schedule=max(found_schedules, key=lambda s: s.bundles, default=None))
+
+
+def called(text: str) -> tuple[str, ...]:
+  """The names of the kernels in a compiled program."""
+  return tuple(_CUSTOM_CALL.findall(text))
+
+
+def vmem(text: str) -> int:
+  """Bytes of VMEM that the largest of them takes."""
+  return max(map(int, _VMEM.findall(text)), default=0)
 
 
 def lower_gpu(case: Case) -> Outcome:

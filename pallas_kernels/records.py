@@ -39,11 +39,13 @@ def versions() -> dict[str, str | None]:
 
 
 @functools.cache
-def sources(module: str, other: str = "") -> str:
-  """A digest of a module's file, and of all it imports of this package.
+def sources(module: str, other: str = "",
+            packages: tuple[str, ...] = (_HERE.name,)) -> str:
+  """A digest of a module's file, and of all it imports of some packages.
 
   Args:
     other: name of files that do not matter, being for another platform.
+    packages: those that are looked at, beside this one.
   """
   seen: set[pathlib.Path] = set()
   waiting = [_HERE.parent.joinpath(*module.split(".")).with_suffix(".py")]
@@ -53,8 +55,8 @@ def sources(module: str, other: str = "") -> str:
       continue
     seen.add(file)
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-      if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-          _HERE.name):
+      if isinstance(node, ast.ImportFrom) and (node.module or "").partition(
+          ".")[0] in packages:
         at = _HERE.parent.joinpath(*(node.module or "").split("."))
         waiting += [at.with_suffix(".py"),
                     *(at / f"{name.name}.py" for name in node.names)]
@@ -131,9 +133,9 @@ class Records:
                        ) from e
 
 
-def command() -> str:
+def command(module: str = _HERE.name) -> str:
   """How this process was called."""
-  return " ".join(["python", "-m", _HERE.name, *sys.argv[1:]])
+  return " ".join(["python", "-m", module, *sys.argv[1:]])
 
 
 def load(file: pathlib.Path) -> list[dict[str, Any]]:

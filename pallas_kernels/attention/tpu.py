@@ -398,6 +398,14 @@ def _kernel(spans, *refs, at, steps, rows, plan, scale, window, cap, dtype,
     parts = [x] * whole + ([x[:, :rest]] if rest else [])
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
+  def over_lanes(what, x, more=None):
+    """Brings what stands in several rows of lanes into one."""
+    if x.shape[1] % _LANES:
+      assert more is None
+      return x
+    parts = [x[:, n:n + _LANES] for n in range(0, x.shape[1], _LANES)]
+    return functools.reduce(what, parts if more is None else [more, *parts])
+
   def add(head, pieces, minor=False):
     """Attends, by an online softmax, to some slots, a piece at a time.
 
@@ -405,29 +413,30 @@ def _kernel(spans, *refs, at, steps, rows, plan, scale, window, cap, dtype,
       pieces: of each a function that gives its scores, and one that gives its
         values and their scales.
     """
-    old = new = top[head]
+    old, best = top[head], None
     kept = []
     for n, (score, _) in enumerate(pieces):
       s = score()
-      new = jnp.maximum(new, jnp.max(s, axis=1, keepdims=True))
+      best = over_lanes(jnp.maximum, s, best)
       if len(pieces) == 1:
         kept.append(s)
       else:
         scores[0][:, pl.ds(n * _PIECE, _PIECE)] = s
+    new = jnp.maximum(old, jnp.max(best, axis=1, keepdims=True))
     shrink = jnp.exp(old - new)
     top[head] = new
-    mass, more = total[head] * shrink, sums[head] * spread(
-        shrink, sums.shape[2])
+    mass, more = None, sums[head] * spread(shrink, sums.shape[2])
     for n, (_, values) in enumerate(pieces):
       s = (kept[0] if len(pieces) == 1
            else scores[0][:, pl.ds(n * _PIECE, _PIECE)])
       s = jnp.exp(s - spread(new, s.shape[1]))
-      mass += jnp.sum(s, axis=1, keepdims=True)
+      mass = over_lanes(jnp.add, s, mass)
       value, value_scale = values()
       if value_scale is not None:
         s = s * value_scale
       more += dot(s.astype(dtype), value, ((1,), (1 if minor else 0,)))
-    total[head], sums[head] = mass, more
+    total[head] = total[head] * shrink + jnp.sum(mass, axis=1, keepdims=True)
+    sums[head] = more
 
   top[...] = jnp.full(top.shape, _LEAST, jnp.float32)
   total[...] = jnp.zeros(total.shape, jnp.float32)
