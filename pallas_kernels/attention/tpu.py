@@ -272,6 +272,10 @@ def _attend(query, key, value, fresh_key, fresh_value, slot_positions,
   if key_scale is not None:
     stored += [key_scale, value_scale]
     buffers += [pltpu.VMEM((2, groups, plan.block), jnp.float32)] * 2
+  if not interpret:
+    # Said, because the compiler would bring a cache that fits into VMEM, all of
+    # it, whatever of it is held.
+    stored = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in stored]
   inputs += stored
   in_specs += [pl.BlockSpec(memory_space=pl.ANY)] * len(stored)
   kernel = functools.partial(

@@ -60,7 +60,10 @@ def commit_kv(buffers, fresh, path, slots, *, scales, paged, target: Target):
       functools.partial(
           _kernel, count=count, window=window, room=room, flipped=flipped,
           quantized=scales is not None, nodes=path.shape[1]),
-      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in held],
+      # Where they are is said, because the compiler would bring what fits into
+      # VMEM, all of it, for the few slots that are written, and back.
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) if target.interpret
+                 else pltpu.HBM(x.shape, x.dtype) for x in held],
       in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(arguments)
       + [anywhere] * (count + len(held)),
       out_specs=[anywhere] * len(held),
