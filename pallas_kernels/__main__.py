@@ -2,8 +2,6 @@
 """`python -m pallas_kernels COMMAND --flags`: what is known of the kernels."""
 
 import copy
-import dataclasses
-import json
 import pathlib
 import sys
 import tempfile
@@ -22,33 +20,32 @@ _INTERRUPTED = 130
 def compile_(settings: Any) -> int:
   """Compiles every kernel for TPUs that are not here, lowers it for a GPU.
 
+  What the file of --json holds of the same sources and compiler is kept.
   Exits with 1 if one that should compile does not.
   """
-  from pallas_kernels import case, compiling
+  from pallas_kernels import case, compiling, records
   names = list(dict.fromkeys(settings.topologies))
+  journal = records.Records(settings.json, records.command())
   with tempfile.TemporaryDirectory() as folder:
     dump = pathlib.Path(folder) / "dump" if settings.schedule else None
     compiling.prepare(dump)
     cases = case.collect(settings.op)
+    for op in {one.op for one in cases}:
+      journal.keep(op, [one.name for one in cases if one.op == op])
     for name in names:
       compiling.device(name)             # bad input is told of before the work
     print(compiling.table([]), flush=True)
     outcomes = []
-
-    def tell(outcome):
+    for outcome in compiling.compile_all(
+        cases, names, dump, journal, gpu=settings.gpu):
       outcomes.append(outcome)
       print(compiling.row(outcome), flush=True)
-
-    for outcome in compiling.compile_all(cases, names, dump):
-      tell(outcome)
-    if settings.gpu:
-      for one in cases:
-        tell(compiling.lower_gpu(one))
   bad = [o for o in outcomes if not o.good]
   said = {status: sum(o.status == status for o in outcomes)
           for status in dict.fromkeys(o.status for o in outcomes)}
   print("\n" + ", ".join(f"{n} {status}" for status, n in said.items()))
-  _write(settings.json, [dataclasses.asdict(o) for o in outcomes])
+  if settings.readme:
+    _renew(settings.readme, compiling.summary(journal.rows), "compiled")
   return 1 if bad else 0
 
 
@@ -101,12 +98,7 @@ def support(settings: Any) -> int:
   print(lib.table(answers))
   _write(settings.json, lib.records(answers))
   if settings.readme:
-    file = pathlib.Path(settings.readme)
-    try:
-      text = file.read_text(encoding="utf-8")
-    except OSError as e:
-      raise InputError(f"--readme={file} cannot be read ({e.strerror})") from e
-    file.write_text(lib.insert(text, lib.table(answers)), encoding="utf-8")
+    _renew(settings.readme, lib.table(answers), "support")
   return 0
 
 
@@ -127,7 +119,7 @@ def define_flags(command: str, values: flags.FlagValues) -> None:
     return
   flags.DEFINE_string("json", None, "a file for all that is found",
                       flag_values=values)
-  if command == "support":
+  if command in ("support", "compile"):
     flags.DEFINE_string("readme", None, "a file in which the table is renewed, "
                         "between its marks", flag_values=values)
   if command == "compile":
@@ -194,14 +186,23 @@ def _summary(name: str) -> str:
   return (_COMMANDS[name].__doc__ or "").partition("\n")[0]
 
 
-def _write(path: str | None, content: Any) -> None:
-  if path is None:
-    return
+def _write(path: str | None, rows: list[Any]) -> None:
+  from pallas_kernels import records
+  if path is not None:
+    file = records.Records(None, records.command())
+    file.rows = rows
+    file.write(path)
+
+
+def _renew(path: str, shown: str, name: str) -> None:
+  """Puts a table between the marks of its name in a README."""
+  from pallas_kernels import support
+  file = pathlib.Path(path)
   try:
-    pathlib.Path(path).write_text(json.dumps(content, indent=1) + "\n",
-                                  encoding="utf-8")
+    text = file.read_text(encoding="utf-8")
   except OSError as e:
-    raise InputError(f"--json={path} cannot be written ({e.strerror})") from e
+    raise InputError(f"--readme={file} cannot be read ({e.strerror})") from e
+  file.write_text(support.insert(text, shown, name), encoding="utf-8")
 
 
 if __name__ == "__main__":

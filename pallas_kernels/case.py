@@ -28,6 +28,9 @@ class Case:
       for what the values of others rule out, and each output once.
     operations: multiplications and additions that must be done.
     moved_bytes: what the TPU kernel moves by its own blocks and grid.
+    least_units: of `least_bytes`, what the units of memory make of it where
+      what is written is smaller than one: a unit that is written in part is
+      read and written. None where that is no matter.
     donated: positions of arguments whose memory the result takes over.
     sample: `sample(seed)` gives arrays that fit `arguments`, with lengths and
       the like in range.
@@ -42,6 +45,7 @@ class Case:
   moved_bytes: int
   sample: Callable[[int], tuple[Any, ...]]
   donated: tuple[int, ...] = ()
+  least_units: int | None = None
 
 
 def collect(ops: Sequence[str] = ()) -> list[Case]:

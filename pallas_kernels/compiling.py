@@ -12,7 +12,7 @@ import pathlib
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,14 +24,17 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import schedules
 from pallas_kernels.case import Case
 from pallas_kernels.errors import InputError
+from pallas_kernels.records import Records, sources
 from pallas_kernels.target import Target, aim, of
 
 # The smallest topology of each generation, by the name people know.
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2",
               "tpu7x": "tpu7x:2x2x1"}
 GPU = Target("gpu", "NVIDIA H100 80GB HBM3")
+_GPU_NAME = "h100"
 _H100 = AbstractDevice(GPU.kind, 132, "gpu")
 
+_UNITS = ("MXU", "XLU", "VALU", "EUP", "VLOAD", "VSTORE")
 _CUSTOM_CALL = re.compile(
     r"%([\w.-]+) = .*custom_call_target=\"tpu_custom_call\"")
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1",'
@@ -69,7 +72,7 @@ class Outcome:
   def good(self) -> bool:
     """A kernel for a GPU may refuse a shape; one for a TPU takes its cases."""
     return (self.status in ("compiles", "lowers")
-            or self.status == "refuses" and self.target == "h100")
+            or self.status == "refuses" and self.target == _GPU_NAME)
 
 
 def prepare(dump: pathlib.Path | None = None) -> None:
@@ -110,12 +113,43 @@ def device(topology: str) -> Any:
 
 
 def compile_all(cases: Sequence[Case], names: Sequence[str],
-                dump: pathlib.Path | None = None) -> Iterator[Outcome]:
-  """Compiles every case's TPU kernel for every topology, one after another."""
+                dump: pathlib.Path | None = None,
+                journal: Records | None = None, *, gpu: bool = False
+                ) -> Iterator[Outcome]:
+  """Compiles every case's TPU kernel for every topology, one after another.
+
+  Args:
+    dump: the folder given to `prepare`, for schedules.
+    journal: what was found before, and is not looked for again, and where
+      what is found goes.
+    gpu: lower them for an H100 too.
+  """
   devices = {name: device(name) for name in names}
-  for case in cases:
-    for name, one in devices.items():
-      yield compile_tpu(case, name, one, dump)
+  # All at once: a file may change while this is at work.
+  source = {(case.op, name): sources(case.call.__module__,
+                                     "tpu" if name == _GPU_NAME else "gpu")
+            for case in cases for name in (*names, _GPU_NAME)}
+  for name in [*names, *[_GPU_NAME] * gpu]:
+    for case in cases:
+      before = journal and journal.find(source[case.op, name], op=case.op,
+                                        case=case.name, target=name)
+      if before and (before["schedule"] or dump is None or name == _GPU_NAME):
+        yield read(before)
+        continue
+      outcome = (lower_gpu(case) if name == _GPU_NAME else
+                 compile_tpu(case, name, devices[name], dump))
+      if journal is not None:
+        journal.add(dataclasses.asdict(outcome), source[case.op, name])
+      yield outcome
+
+
+def read(row: Mapping[str, Any]) -> Outcome:
+  """What a row of a result file says."""
+  names = {field.name for field in dataclasses.fields(Outcome)}
+  found = {name: value for name, value in row.items() if name in names}
+  if found["schedule"] is not None:
+    found["schedule"] = schedules.Schedule(**found["schedule"])
+  return Outcome(**found | {"kernels": tuple(found["kernels"])})
 
 
 def compile_tpu(case: Case, name: str, device: Any,
@@ -144,7 +178,7 @@ def compile_tpu(case: Case, name: str, device: Any,
   if compiled is None:
     return dataclasses.replace(found, schedule=None)
   text, memory = compiled.as_text(), compiled.memory_analysis()
-  kernels = tuple(_CUSTOM_CALL.findall(text))
+  kernels = called(text)
   donated = sum(x.size * x.dtype.itemsize
                 for at in case.donated
                 for x in jax.tree.leaves(case.arguments[at]))
@@ -160,9 +194,19 @@ def compile_tpu(case: Case, name: str, device: Any,
     _clear(dump)
   return dataclasses.replace(
       found, status="fails" if problem else "compiles", reason=problem,
-      kernels=kernels, vmem=max(map(int, _VMEM.findall(text)), default=0),
+      kernels=kernels, vmem=vmem(text),
       temporaries=memory.temp_size_in_bytes,
       schedule=max(found_schedules, key=lambda s: s.bundles, default=None))
+
+
+def called(text: str) -> tuple[str, ...]:
+  """The names of the kernels in a compiled program."""
+  return tuple(_CUSTOM_CALL.findall(text))
+
+
+def vmem(text: str) -> int:
+  """Bytes of VMEM that the largest of them takes."""
+  return max(map(int, _VMEM.findall(text)), default=0)
 
 
 def lower_gpu(case: Case) -> Outcome:
@@ -182,7 +226,7 @@ def lower_gpu(case: Case) -> Outcome:
               export.DisabledSafetyCheck.custom_call(target)
               for target in ("mosaic_gpu", "mosaic_gpu_v2")])(*leaves)
 
-  lowered, found = _attempt(case, "h100", body)
+  lowered, found = _attempt(case, _GPU_NAME, body)
   if lowered is None:
     return found
   kernels = tuple(re.findall(r"@(mosaic_gpu\w*)\(", lowered.mlir_module()))
@@ -213,10 +257,47 @@ def row(o: Outcome) -> str:
   else:
     used = ", ".join(f"{unit} {share:.0%}"
                      for unit, share in s.utilization.items()
-                     if unit in ("MXU", "XLU", "VALU", "EUP", "VLOAD", "VSTORE")
-                     and share >= 0.005)
+                     if unit in _UNITS and share >= 0.005)
     cells += [str(s.bundles), str(s.loop), used, str(s.spills)]
   return "| " + " | ".join(cells) + " |"
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+  """In Markdown, one row an op: what all its cases came to.
+
+  Args:
+    rows: of a result file, of any versions of jax.
+  """
+  found = [(row["jax"], read(row)) for row in rows]
+  targets = list(dict.fromkeys(
+      [*TOPOLOGIES, _GPU_NAME, *(o.target for _, o in found)]))
+  said = list(dict.fromkeys((o.op, version) for version, o in found))
+  lines = ["| op | jax | " + " | ".join(targets) + " | VMEM, MiB | "
+           "temporaries, KiB | of the busiest unit's slots | spills |",
+           "|---|---|" + "--:|" * (len(targets) + 4)]
+  for op, version in sorted(said):
+    mine = [o for v, o in found if (o.op, v) == (op, version)]
+    cells = []
+    for target in targets:
+      here = [o for o in mine if o.target == target]
+      good = sum(o.status in ("compiles", "lowers") for o in here)
+      cells.append(f"{good} of {len(here)}" if here else "")
+    made = [o for o in mine if o.status == "compiles"]
+    timed = [o.schedule for o in made if o.schedule]
+    busy = [max(s.utilization[unit] for unit in _UNITS if unit in s.utilization)
+            for s in timed]
+    cells += [_span([o.vmem / 2**20 for o in made], "{:.1f}"),
+              _span([o.temporaries / 2**10 for o in made], "{:.0f}"),
+              _span(busy, "{:.0%}"),
+              _span([s.spills for s in timed], "{}")]
+    lines.append(f"| {op} | {version} | " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+def _span(values: Sequence[float], form: str) -> str:
+  """From the least to the most."""
+  ends = [form.format(end(values)) for end in (min, max)] if values else []
+  return " to ".join(dict.fromkeys(ends))
 
 
 def _attempt(case: Case, name: str, body: Callable[[], Any]

@@ -58,12 +58,21 @@ def ratio(case: Case) -> float:
   return case.moved_bytes / case.least_bytes
 
 
+def grain(case: Case) -> float:
+  """What it moves, as a multiple of the least that memory's units allow.
+
+  For what writes large pieces that is the ratio.
+  """
+  return case.moved_bytes / (case.least_units or case.least_bytes)
+
+
 def records(cases: Sequence[Case]) -> list[dict[str, Any]]:
   """For JSON."""
   return [{
       "op": case.op, "case": case.name, "least_bytes": case.least_bytes,
       "operations": case.operations, "moved_bytes": case.moved_bytes,
-      "ratio": ratio(case),
+      "ratio": ratio(case), "least_units": case.least_units,
+      "ratio_to_units": grain(case),
       "chips": {kind: {
           "seconds": (f := floor(case, kind)).seconds, "bound": f.bound,
           "memory_seconds": f.memory_seconds,
@@ -74,9 +83,9 @@ def records(cases: Sequence[Case]) -> list[dict[str, Any]]:
 def table(cases: Sequence[Case]) -> str:
   """In Markdown; a c behind a time says that arithmetic is what takes it."""
   kinds = list(CHIPS)
-  lines = ["| op | case | least MB | moved MB | ratio | GFLOP | "
+  lines = ["| op | case | least MB | moved MB | ratio | to units | GFLOP | "
            + " | ".join(f"{_SHORT.get(kind, kind)}, us" for kind in kinds)
-           + " |", "|---|---|--:|--:|--:|--:|" + "--:|" * len(kinds)]
+           + " |", "|---|---|--:|--:|--:|--:|--:|" + "--:|" * len(kinds)]
   for case in cases:
     times = []
     for kind in kinds:
@@ -85,6 +94,7 @@ def table(cases: Sequence[Case]) -> str:
                    + ("c" if f.bound == "compute" else ""))
     cells = [case.op, case.name, f"{case.least_bytes / 1e6:.4g}",
              f"{case.moved_bytes / 1e6:.4g}", f"{ratio(case):.3f}",
+             "" if case.least_units is None else f"{grain(case):.3f}",
              f"{case.operations / 1e9:.3g}", *times]
     lines.append("| " + " | ".join(cells) + " |")
   return "\n".join(lines)

@@ -22,7 +22,6 @@ TARGETS = {"tpu": Target("tpu", "TPU v5 lite"),
            "gpu": Target("gpu", "NVIDIA H100 80GB HBM3"),
            "xla": Target("cpu", "cpu")}
 DTYPES = ("float32", "float16")
-BEGIN, END = "<!-- support -->", "<!-- end of support -->"
 # What names of cases begin with.
 _MODEL = re.compile(
     r"^(smollm2-135m|llama3-8b|llama3-70b(/8| of 8| of tp 8|, one of 8)?),? +")
@@ -114,17 +113,18 @@ def table(answers: Sequence[Answer]) -> str:
   return "\n".join(lines)
 
 
-def insert(text: str, shown: str) -> str:
-  """Puts a table between the marks in a README.
+def insert(text: str, shown: str, name: str = "support") -> str:
+  """Puts a table between the marks of its name in a README.
 
   Raises:
     InputError: there are no marks.
   """
-  before, begin, rest = text.partition(BEGIN)
-  _, end, after = rest.partition(END)
+  marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+  before, begin, rest = text.partition(marks[0])
+  _, end, after = rest.partition(marks[1])
   if not begin or not end:
-    raise InputError(f"the file has no lines {BEGIN!r} and {END!r} for the "
-                     "table to stand between")
+    raise InputError(f"the file has no lines {marks[0]!r} and {marks[1]!r} for "
+                     "the table to stand between")
   return f"{before}{begin}\n{shown}\n{end}{after}"
 
 

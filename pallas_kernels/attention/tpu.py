@@ -28,6 +28,9 @@ _LANES = 128
 _ROWS = 2048
 # A block of keys in bytes, and a block of scores in numbers.
 _BLOCK_BYTES, _SCORES = 512 << 10, 512 << 10
+# Scores, beyond which they pass through memory, this many slots at a time:
+# they do not all fit into registers, and spilled is moved more than once.
+_STAGED, _PIECE = 64 << 10, 256
 # Bytes of one copy: fewer take longer to ask for than to bring.
 _COPY_BYTES = 64 << 10
 # Of what tells a slot: its stream, of 32.
@@ -62,6 +65,10 @@ class Plan:
   @property
   def block(self) -> int:
     return self.unit * self.units
+
+  def staged(self, height: int) -> bool:
+    """Whether scores of so many rows pass through memory."""
+    return height * self.block > _STAGED and self.block % _PIECE == 0
 
 
 def tree_attention(query, key, value, fresh_key, fresh_value, *,
@@ -288,6 +295,10 @@ def _attend(query, key, value, fresh_key, fresh_value, slot_positions,
   if key_scale is not None:
     stored += [key_scale, value_scale]
     buffers += [pltpu.VMEM((2, groups, plan.block), jnp.float32)] * 2
+  if not interpret:
+    # Said, because the compiler would bring a cache that fits into VMEM, all of
+    # it, whatever of it is held.
+    stored = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in stored]
   inputs += stored
   in_specs += [pl.BlockSpec(memory_space=pl.ANY)] * len(stored)
   kernel = functools.partial(
@@ -315,9 +326,11 @@ def _attend(query, key, value, fresh_key, fresh_value, slot_positions,
           scratch_shapes=[
               *buffers, pltpu.SemaphoreType.DMA((2,)),
               pltpu.SMEM((1,), jnp.int32),
-              pltpu.VMEM((plan.heads, height, 1), jnp.float32),
-              pltpu.VMEM((plan.heads, height, 1), jnp.float32),
-              pltpu.VMEM((plan.heads, height, size), jnp.float32)]),
+              pltpu.VMEM((plan.heads, height, _LANES), jnp.float32),
+              pltpu.VMEM((plan.heads, height, _LANES), jnp.float32),
+              pltpu.VMEM((plan.heads, height, size), jnp.float32),
+              *[pltpu.VMEM((height, plan.block), jnp.float32)]
+              * plan.staged(height)]),
       out_shape=jax.ShapeDtypeStruct(q.shape, query.dtype),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "arbitrary"),
@@ -338,7 +351,7 @@ def _kernel(spans, *refs, at, steps, rows, plan, scale, window, cap, dtype,
   refs = refs[4 + (window is not None):]
   stores, out, buffers = refs[:stored], refs[stored], refs[stored + 1:
                                                             2 * stored + 1]
-  sems, turn, top, total, sums = refs[2 * stored + 1:]
+  sems, turn, top, total, sums, *scores = refs[2 * stored + 1:]
   keys, values, helds, *scales = buffers
   core, step = pl.program_id(0), pl.program_id(1)
   part, row, _ = at(core, step)
@@ -417,17 +430,55 @@ def _kernel(spans, *refs, at, steps, rows, plan, scale, window, cap, dtype,
     s = s * factor
     return s if cap is None else cap * jnp.tanh(s / cap)
 
-  def add(head, s, value, value_scale=None, minor=False, first=False):
-    """Attends, by an online softmax, to values with scores `s`."""
-    old = top[head]
-    new = jnp.maximum(old, jnp.max(s, axis=1, keepdims=True))
-    s, shrink = jnp.exp(s - new), jnp.exp(old - new)
+  def spread(x, width):
+    """Of numbers that stand in all lanes, as many lanes as are wanted.
+
+    What is kept of each token stands in all lanes of a row, because to bring
+    one number into all takes more than to keep it there.
+    """
+    whole, rest = divmod(width, _LANES)
+    parts = [x] * whole + ([x[:, :rest]] if rest else [])
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+  def over_lanes(what, x, more=None):
+    """Brings what stands in several rows of lanes into one."""
+    if x.shape[1] % _LANES:
+      assert more is None
+      return x
+    parts = [x[:, n:n + _LANES] for n in range(0, x.shape[1], _LANES)]
+    return functools.reduce(what, parts if more is None else [more, *parts])
+
+  def add(head, pieces, minor=False):
+    """Attends, by an online softmax, to some slots, a piece at a time.
+
+    Args:
+      pieces: of each a function that gives its scores, and one that gives its
+        values and their scales.
+    """
+    old, best = top[head], None
+    kept = []
+    for n, (score, _) in enumerate(pieces):
+      s = score()
+      best = over_lanes(jnp.maximum, s, best)
+      if len(pieces) == 1:
+        kept.append(s)
+      else:
+        scores[0][:, pl.ds(n * _PIECE, _PIECE)] = s
+    new = jnp.maximum(old, jnp.max(best, axis=1, keepdims=True))
+    shrink = jnp.exp(old - new)
     top[head] = new
-    total[head] = total[head] * shrink + jnp.sum(s, axis=1, keepdims=True)
-    if value_scale is not None:
-      s = s * value_scale
-    sums[head] = sums[head] * shrink + dot(
-        s.astype(dtype), value, ((1,), (1 if minor else 0,)))
+    mass, more = None, sums[head] * spread(shrink, sums.shape[2])
+    for n, (_, values) in enumerate(pieces):
+      s = (kept[0] if len(pieces) == 1
+           else scores[0][:, pl.ds(n * _PIECE, _PIECE)])
+      s = jnp.exp(s - spread(new, s.shape[1]))
+      mass = over_lanes(jnp.add, s, mass)
+      value, value_scale = values()
+      if value_scale is not None:
+        s = s * value_scale
+      more += dot(s.astype(dtype), value, ((1,), (1 if minor else 0,)))
+    total[head] = total[head] * shrink + jnp.sum(mass, axis=1, keepdims=True)
+    sums[head] = more
 
   top[...] = jnp.full(top.shape, _LEAST, jnp.float32)
   total[...] = jnp.zeros(total.shape, jnp.float32)
@@ -449,7 +500,8 @@ def _kernel(spans, *refs, at, steps, rows, plan, scale, window, cap, dtype,
     for head in range(plan.heads):
       s = dot(queries[0, head], fresh_keys[0, head, some], ((1,), (1,)))
       s = jnp.where(visible, scored(s, scale), _LEAST)
-      add(head, s, fresh_values[0, head, some])
+      value = fresh_values[0, head, some]
+      add(head, [(lambda s=s: s, lambda value=value: (value, None))])
 
   def attend(slot, whole):
     at = helds[slot]                                           # [1 block]
@@ -472,25 +524,45 @@ def _kernel(spans, *refs, at, steps, rows, plan, scale, window, cap, dtype,
       else:
         held = jnp.transpose(jnp.broadcast_to(at, (_LANES, plan.block)))
         held = held[:, :1] >= 0                                # [block 1]
-    for head in range(plan.heads):
-      key, value = keys[slot, head], values[slot, head]
-      factor, value_scale = scale, None
-      if scales:
-        each = pl.ds(part * plan.heads + head, 1)
-        factor = scale * scales[0][slot, each]
-        value_scale = scales[1][slot, each]
-      if key.dtype != dtype:
-        key, value = key.astype(dtype), value.astype(dtype)
-      s = dot(queries[0, head], key, ((1,), (0 if plan.slots_minor else 1,)))
-      s = scored(s, factor)
-      if visible is not None:
-        s = jnp.where(visible, s, _LEAST)
+    width = _PIECE if scores else plan.block
+
+    def taken(x, axis, first):
+      """A piece of what has all slots, or one for all of them."""
+      return x if x is None or x.shape[axis] == 1 or width == plan.block else (
+          lax.slice_in_dim(x, first, first + width, axis=axis))
+
+    def stored_at(buffer, head, first):
+      some = pl.ds(first, width)
+      x = (buffer[slot, head, :, some] if plan.slots_minor
+           else buffer[slot, head, some])
+      return x if x.dtype == dtype else x.astype(dtype)
+
+    def scale_at(n, head, first):
+      return scales[n][slot, pl.ds(part * plan.heads + head, 1),
+                       pl.ds(first, width)]
+
+    def score(head, first):
+      s = dot(queries[0, head], stored_at(keys, head, first),
+              ((1,), (0 if plan.slots_minor else 1,)))
+      s = scored(s, scale * scale_at(0, head, first) if scales else scale)
+      return s if visible is None else jnp.where(taken(visible, 1, first), s,
+                                                 _LEAST)
+
+    def values_at(head, first):
+      value = stored_at(values, head, first)
+      value_scale = scale_at(1, head, first) if scales else None
       if not whole:
         # A zero probability does not hide a NaN that lay there before.
-        value = jnp.where(held, value.astype(jnp.float32), 0).astype(dtype)
+        there = taken(held, 1 if plan.slots_minor else 0, first)
+        value = jnp.where(there, value.astype(jnp.float32), 0).astype(dtype)
         if scales:
-          value_scale = jnp.where(at >= 0, value_scale, 0)
-      add(head, s, value, value_scale, plan.slots_minor)
+          value_scale = jnp.where(taken(at, 1, first) >= 0, value_scale, 0)
+      return value, value_scale
+
+    for head in range(plan.heads):
+      add(head, [(functools.partial(score, head, first),
+                  functools.partial(values_at, head, first))
+                 for first in range(0, plan.block, width)], plan.slots_minor)
 
   def block(index, slot):
     @pl.when(index + 1 < end)
@@ -511,4 +583,5 @@ def _kernel(spans, *refs, at, steps, rows, plan, scale, window, cap, dtype,
 
   turn[0] = lax.fori_loop(begin, end, block, turn[0])
   for head in range(plan.heads):
-    out[0, head] = (sums[head] / total[head]).astype(out.dtype)
+    out[0, head] = (sums[head] / spread(total[head], sums.shape[2])).astype(
+        out.dtype)

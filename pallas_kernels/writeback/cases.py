@@ -49,10 +49,11 @@ def _case(name, count, rows, heads, room, size, nodes, longest, kept, pages):
     return commit_kv(buffers, fresh, path, slots, scales=scales,
                      paged=bool(pages), implementation=implementation)
 
+  most = whole[0] * room if pages else room
+
   def slots(seed):
     """Consecutive ones; in a pool, each row in pages of its own."""
     rng = np.random.default_rng(seed)
-    most = whole[0] * room if pages else room
     each = whole[0] // rows * room if pages else room
     start = rng.integers(0, each - kept + 1, rows)
     if kept == longest:
@@ -86,4 +87,27 @@ def _case(name, count, rows, heads, room, size, nodes, longest, kept, pages):
       moved_bytes=tpu.moved_bytes(
           slots(0).tolist(), whole, count, itemsize, 2, longest,
           target=Target("tpu"), paged=bool(pages)),
-      donated=(0, 4) if quantized else (0,), sample=sample)
+      donated=(0, 4) if quantized else (0,), sample=sample,
+      least_units=_least_units(slots(0), most=most, size=size,
+                               itemsize=itemsize, each=heads * count)
+      + 8 * rows * longest)
+
+
+def _least_units(slots, *, most, size, itemsize, each) -> int:
+  """Bytes, where a unit of memory that is written in part is read too.
+
+  Heads of 128 lie with slots along sublanes, where those that share a word of
+  32 bits are written together; smaller heads lie with slots along lanes, 128
+  of them, and so do scales.
+  """
+  unit = 4 // itemsize if size % 128 == 0 else 128
+  moved = 0
+  for row in slots:
+    row = row[row < most]
+    _, held = np.unique(row // unit, return_counts=True)
+    moved += len(row) * size * 2                       # from fresh nodes
+    moved += sum(unit * size * itemsize * (1 if n == unit else 2)
+                 for n in held)
+    if itemsize == 1:
+      moved += 2 * 128 * 4 * len(np.unique(row // 128))
+  return int(moved * each)

@@ -6,6 +6,8 @@ of int8 four, so that the least that can be written is a window of as many
 slots. Where a window is not written whole it is read, merged and written back.
 All buffers do so at once, and the next window is on its way while this one is
 merged. No two windows in flight overlap, so their order does not matter.
+Scales lie along lanes, 128 of a head together: they are read before the first
+of a run of windows that shares them, and written after the last.
 
 Heads that are no multiple of 128 wide are kept by XLA with slots along lanes,
 because anything else would pad them. Such buffers are looked at the same way,
@@ -42,13 +44,17 @@ def commit_kv(buffers, fresh, path, slots, *, scales, paged, target: Target):
   held = [*wide, *(scales or ())]
   heads, size = fresh[0].shape[2:]
   block = (heads, size, window) if flipped else (heads, window, size)
+  # Of a row, a window has no more nodes than are written at all.
+  together = min(window, path.shape[1])
   scratch = [
       pltpu.VMEM((2, count, *block), buffers[0].dtype),
-      pltpu.VMEM((2, window, count, heads, size), fresh[0].dtype),
+      pltpu.VMEM((2, together, count, heads, size), fresh[0].dtype),
       pltpu.SMEM((path.size,), jnp.int32),
       pltpu.SemaphoreType.DMA((2, 2))]
   if scales is not None:
-    scratch.append(pltpu.VMEM((2, count, heads, _LANES), jnp.float32))
+    scratch += [pltpu.VMEM((2, count, heads, _LANES), jnp.float32),
+                pltpu.SMEM((path.size,), jnp.int32),
+                pltpu.SemaphoreType.DMA((2, 2))]
   anywhere = pl.BlockSpec(memory_space=pl.ANY)
   out = pl.pallas_call(
       functools.partial(
@@ -60,7 +66,10 @@ def commit_kv(buffers, fresh, path, slots, *, scales, paged, target: Target):
               [range(path.shape[1])] * path.shape[0], buffers[0].shape, count,
               buffers[0].dtype.itemsize, fresh[0].dtype.itemsize,
               path.shape[1], target=target, paged=paged)),
-      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in held],
+      # Where they are is said, because the compiler would bring what fits into
+      # VMEM, all of it, for the few slots that are written, and back.
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) if target.interpret
+                 else pltpu.HBM(x.shape, x.dtype) for x in held],
       in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(arguments)
       + [anywhere] * (count + len(held)),
       out_specs=[anywhere] * len(held),
@@ -68,7 +77,7 @@ def commit_kv(buffers, fresh, path, slots, *, scales, paged, target: Target):
       input_output_aliases={firsts + i: i for i in range(len(held))},
       compiler_params=pltpu.CompilerParams(
           has_side_effects=True,
-          vmem_limit_bytes=_memory(count, window, heads, size)),
+          vmem_limit_bytes=_memory(count, window, together, heads, size)),
       interpret=target.interpret, name="commit_kv")(
           *arguments, *fresh, *held)
   out, scales = out[:count], None if scales is None else tuple(out[count:])
@@ -156,8 +165,10 @@ def moved_bytes(slots, shape, count: int, itemsize: int, fresh_itemsize: int,
     for held in groups.values():
       ways = 1 if held == window else 2
       moved += ways * window * size * itemsize
-      if itemsize == 1:
-        moved += 2 * _LANES * 4
+    if itemsize == 1:
+      runs = [at * window // _LANES for at in groups]
+      moved += 2 * _LANES * 4 * sum(
+          at == 0 or run != runs[at - 1] for at, run in enumerate(runs))
   return moved * heads * count + 3 * 4 * sum(map(len, slots))
 
 
@@ -176,11 +187,12 @@ def _blocks(target: Target, nodes: int, shape, dtype) -> int:
   return window
 
 
-def _memory(count: int, window: int, heads: int, size: int) -> int:
+def _memory(count: int, window: int, together: int, heads: int, size: int
+            ) -> int:
   """VMEM for two of all windows, as if all were float32 and padded."""
   lanes = pl.cdiv(size, _LANES) * _LANES
-  held = (heads * pl.cdiv(window, 8) + window * pl.cdiv(heads, 8)) * 8 * lanes
-  return max(2 * count * held * 4, 16 << 20)
+  held = heads * pl.cdiv(window, 8) + together * pl.cdiv(heads, 8)
+  return max(2 * count * held * 8 * lanes * 4, 16 << 20)
 
 
 def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
@@ -192,15 +204,24 @@ def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
   buffers, refs = refs[held:held + count], refs[held + count:]
   scales, refs = refs[:held - count], refs[held - count:]
   old_ref, new_ref, jobs_ref, sems, *refs = refs
-  scale_ref = refs[0] if quantized else None
+  scale_ref, runs_ref, scale_sems = refs if quantized else (None,) * 3
 
-  def listed(i, found):
-    @pl.when(job_ref[i] >= 0)
+  def listed(i, carry):
+    found, runs, last = carry
+    leads = job_ref[i] >= 0
+    here = lax.div(at_ref[i], _LANES)
+    runs += (leads & (here != last)).astype(jnp.int32)
+    @pl.when(leads)
     def _():
       jobs_ref[found] = i
-    return found + (job_ref[i] >= 0).astype(jnp.int32)
+      if quantized:
+        runs_ref[found] = runs - 1
+    return (found + leads.astype(jnp.int32), runs,
+            jnp.where(leads, here, last))
 
-  total = lax.fori_loop(0, job_ref.shape[0], listed, jnp.int32(0))
+  total, runs, _ = lax.fori_loop(
+      0, job_ref.shape[0], listed,
+      (jnp.int32(0), jnp.int32(0), jnp.int32(-1)))
 
   def place(j, lanes=None):
     """Where window j is in each buffer, or in each scale."""
@@ -231,6 +252,24 @@ def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
   def whole(j):
     return lax.rem(job_ref[jobs_ref[j]], 2) == 1
 
+  def nth(i):
+    """Where in `new_ref` a write waits."""
+    together = new_ref.shape[1]
+    return (lax.rem(at_ref[i], window) if together == window
+            else lax.rem(i, nodes))
+
+  def begins(j):
+    """Whether window j is the first with its scales."""
+    return (j == 0) | (runs_ref[j] != runs_ref[jnp.maximum(j - 1, 0)])
+
+  def ends(j):
+    return (j == total - 1) | (
+        runs_ref[j] != runs_ref[jnp.minimum(j + 1, total - 1)])
+
+  def wait_scales(turn, way):
+    ref = scale_ref.at[turn]
+    pltpu.make_async_copy(ref, ref, scale_sems.at[turn, way]).wait()
+
   def fetch(j):
     """Begins to read what a window needs."""
     turn = lax.rem(j, 2)
@@ -244,17 +283,25 @@ def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
                               sem).start()
 
     if quantized:
-      here = place(j, _LANES)
-      for n, scale in enumerate(scales):
-        pltpu.make_async_copy(scale.at[here], scale_ref.at[turn, n],
-                              sem).start()
+      @pl.when(begins(j))
+      def _():
+        run = runs_ref[j]
+        at = lax.rem(run, 2)
+
+        @pl.when(run >= 2)               # what was here has to have left
+        def _():
+          wait_scales(at, 1)
+
+        here = place(j, _LANES)
+        for n, scale in enumerate(scales):
+          pltpu.make_async_copy(scale.at[here], scale_ref.at[at, n],
+                                scale_sems.at[at, 0]).start()
 
     def nodes_of(i):
       row, node = lax.div(i, nodes), path_ref[i]
-      slot = lax.rem(at_ref[i], window)
       for n, values in enumerate(fresh):
-        pltpu.make_async_copy(values.at[row, node], new_ref.at[turn, slot, n],
-                              sem).start()
+        pltpu.make_async_copy(values.at[row, node],
+                              new_ref.at[turn, nth(i), n], sem).start()
 
     writes(j, nodes_of)
 
@@ -270,8 +317,11 @@ def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
       wait(old_ref.at[turn])
 
     if quantized:
-      wait(scale_ref.at[turn])
-    writes(j, lambda i: wait(new_ref.at[turn, lax.rem(at_ref[i], window)]))
+      @pl.when(begins(j))
+      def _():
+        wait_scales(lax.rem(runs_ref[j], 2), 0)
+
+    writes(j, lambda i: wait(new_ref.at[turn, nth(i)]))
 
   def leave(j):
     """Begins to write a window back."""
@@ -281,17 +331,18 @@ def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
     for n, buffer in enumerate(buffers):
       pltpu.make_async_copy(old_ref.at[turn, n], buffer.at[here], sem).start()
     if quantized:
-      here = place(j, _LANES)
-      for n, scale in enumerate(scales):
-        pltpu.make_async_copy(scale_ref.at[turn, n], scale.at[here],
-                              sem).start()
+      @pl.when(ends(j))
+      def _():
+        at = lax.rem(runs_ref[j], 2)
+        here = place(j, _LANES)
+        for n, scale in enumerate(scales):
+          pltpu.make_async_copy(scale_ref.at[at, n], scale.at[here],
+                                scale_sems.at[at, 1]).start()
 
   def left(j):
     """Waits until it is written."""
-    turn = lax.rem(j, 2)
-    for ref in (old_ref, *refs):
-      pltpu.make_async_copy(ref.at[turn], ref.at[turn], sems.at[turn, 1]
-                            ).wait()
+    ref = old_ref.at[lax.rem(j, 2)]
+    pltpu.make_async_copy(ref, ref, sems.at[lax.rem(j, 2), 1]).wait()
 
   def merge(j):
     turn = lax.rem(j, 2)
@@ -299,13 +350,14 @@ def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
     def one(n, none):
       def put(i):
         slot = lax.rem(at_ref[i], window)
-        new = new_ref[turn, slot, n].astype(jnp.float32)         # [G K]
+        new = new_ref[turn, nth(i), n].astype(jnp.float32)       # [G K]
         if quantized:
           new, scale = rounded(new)
           new = new.astype(jnp.float32)
-          old = scale_ref[turn, n]
+          at = lax.rem(runs_ref[j], 2)
+          old = scale_ref[at, n]
           lane = lax.rem(at_ref[i], _LANES)
-          scale_ref[turn, n] = jnp.where(
+          scale_ref[at, n] = jnp.where(
               _iota(old.shape, 1) == lane, scale[:, None], old)
         old = _wide(old_ref[turn, n])
         here = _iota(old.shape, 2 if flipped else 1) == slot
@@ -318,18 +370,15 @@ def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
     lax.fori_loop(0, count, one, 0)
 
   # Two windows are under way. Where one was merged the next but one is read,
-  # so it must have left. Windows of a row may share one of scales, so with
-  # scales there is one at a time.
-  ahead = 0 if quantized else 1
-
+  # so it must have left.
   def step(j, none):
     @pl.when(j > 0)
     def _():
       left(j - 1)
 
-    @pl.when(j + ahead < total)
+    @pl.when(j + 1 < total)
     def _():
-      fetch(j + ahead)
+      fetch(j + 1)
 
     @pl.when(j >= 0)
     def _():
@@ -338,11 +387,17 @@ def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
       leave(j)
     return none
 
-  lax.fori_loop(-ahead, total, step, 0)
+  lax.fori_loop(-1, total, step, 0)
 
   @pl.when(total > 0)
   def _():
     left(total - 1)
+
+  if quantized:
+    for last in (1, 2):
+      @pl.when(runs >= last)
+      def _(last=last):
+        wait_scales(lax.rem(runs - last, 2), 1)
 
 
 def _wide(x):

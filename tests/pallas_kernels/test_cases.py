@@ -7,13 +7,10 @@ import zlib
 import jax
 import pytest
 
-from pallas_kernels import compiling, floors, support
+from pallas_kernels import compiling, floors, records, support
 from pallas_kernels.case import collect
 
-# A slot is no unit of memory: two of bfloat16 and four of int8 are one word,
-# and of heads of 64 XLA keeps slots along lanes, 128 of them in a tile. Where
-# few tokens are written, what is around them is read and written back.
-GRAIN = {"commit_kv": 3.5, "commit_kv: smollm2-135m, 3 of 8 nodes": 44}
+RESULTS = pathlib.Path(floors.__file__).parents[1] / "experiments/results"
 CASES = [pytest.param(case, id=f"{case.op}: {case.name}")
          for case in collect()]
 
@@ -56,9 +53,11 @@ def test_the_kernel_moves_hardly_more_than_it_must(case):
   results = _bytes(jax.eval_shape(
       lambda *args: case.call(*args, implementation="xla"), *case.arguments))
   assert 0 < case.least_bytes <= arguments + results
-  most = GRAIN.get(f"{case.op}: {case.name}",
-                   GRAIN.get(case.op, floors.MOST))
-  assert 1 <= floors.ratio(case) <= most
+  assert case.least_bytes <= (case.least_units or case.least_bytes)
+  assert 1 <= floors.grain(case) <= floors.MOST
+  # A slot is no unit of memory; of all other ops the least bytes are whole
+  # units.
+  assert case.op == "commit_kv" or floors.grain(case) == floors.ratio(case)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -76,6 +75,22 @@ def test_the_table_in_the_readme():
   text = (pathlib.Path(floors.__file__).parent / "README.md").read_text()
   assert text == support.insert(text, support.table(
       support.ask_all(collect())))
+
+
+@pytest.mark.parametrize("file", ["compile", "floors"])
+def test_what_is_written_down_is_of_all_cases(file):
+  """Renew them: python -m pallas_kernels compile|floors --json=FILE."""
+  rows = records.load(RESULTS / f"kernels_{file}.json")
+  found = {(row["op"], row["case"], row.get("target")) for row in rows}
+  targets = [*compiling.TOPOLOGIES, "h100"] if file == "compile" else [None]
+  assert {(case.op, case.name, target) for case in collect()
+          for target in targets} <= found
+  if file == "floors":
+    assert all(row["ratio_to_units"] <= floors.MOST for row in rows)
+    return
+  assert all(compiling.read(row).good for row in rows)
+  text = (pathlib.Path(floors.__file__).parent / "README.md").read_text()
+  assert text == support.insert(text, compiling.summary(rows), "compiled")
 
 
 def _bytes(tree):

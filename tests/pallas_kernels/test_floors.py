@@ -37,11 +37,11 @@ def test_published_figures():
 def test_what_is_shown():
   case = samples.case()
   lines = floors.table([case]).splitlines()
-  assert lines[0].count("|") == lines[2].count("|") == len(CHIPS) + 7
+  assert lines[0].count("|") == lines[2].count("|") == len(CHIPS) + 8
   assert lines[2].startswith("| bump | small, bump 8 | 0.3072 | 0.3072 | 1.000 "
-                             "| 0.0021 | 0.375 | ")
+                             "|  | 0.0021 | 0.375 | ")
   (record,) = floors.records([case])
-  assert record["ratio"] == 1.0
+  assert record["ratio"] == record["ratio_to_units"] == 1.0
   assert record["chips"]["TPU v5 lite"]["seconds"] == pytest.approx(
       case.least_bytes / 819e9)
 
@@ -77,6 +77,13 @@ def test_a_kernel_tells_the_compiler_what_it_costs(case):
     assert cost.flops == pytest.approx(case.operations, rel=0.02)
 
 
+def test_where_a_unit_of_memory_is_larger_than_what_is_written():
+  case = dataclasses.replace(samples.case(), moved_bytes=3 << 20,
+                             least_units=2 << 20)
+  assert floors.grain(case) == 1.5
+  assert "| 1.500 |" in floors.table([case])
+
+
 def test_support_is_what_the_dispatcher_says():
   answers = support.ask_all([samples.case()])
   assert {(a.probe, a.implementation): a.taken for a in answers} == {
@@ -107,7 +114,7 @@ def test_models_that_are_answered_alike_are_one_row():
 
 
 def test_a_table_in_a_readme():
-  text = f"a\n{support.BEGIN}\nold\n{support.END}\nb\n"
+  text = "a\n<!-- support -->\nold\n<!-- end of support -->\nb\n"
   assert support.insert(text, "new") == text.replace("old", "new")
   with pytest.raises(InputError, match="has no lines '<!-- support -->'"):
     support.insert("a", "new")

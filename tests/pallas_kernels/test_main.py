@@ -65,7 +65,7 @@ def test_help(argv, capsys):
 def test_floors(cases, capsys, tmp_path):
   assert front_door.main(["floors", f"--json={tmp_path / 'f.json'}"]) == 0
   assert capsys.readouterr().out.count("| bump |") == 2
-  records = json.loads((tmp_path / "f.json").read_text())
+  records = json.loads((tmp_path / "f.json").read_text())["rows"]
   assert [r["case"] for r in records] == ["small, bump 8", "wide, bump 8"]
 
 
@@ -73,11 +73,11 @@ def test_support(cases, capsys, tmp_path):
   assert front_door.main(["support", f"--json={tmp_path / 's.json'}"]) == 0
   assert "| bump | wide, bump 8 | yes | no (1) | yes |" in (
       capsys.readouterr().out)
-  assert len(json.loads((tmp_path / "s.json").read_text())) == 3 * 4
+  assert len(json.loads((tmp_path / "s.json").read_text())["rows"]) == 3 * 4
 
 
 @pytest.mark.usefixtures("unprepared")
-def test_compile(cases, capsys, tmp_path):
+def test_compile(cases, capsys, tmp_path, monkeypatch):
   pytest.importorskip("libtpu")
   file = tmp_path / "c.json"
   argv = ["compile", "--topologies=v5e", "--noschedule", f"--json={file}"]
@@ -85,13 +85,27 @@ def test_compile(cases, capsys, tmp_path):
   out = capsys.readouterr().out
   assert "| bump | small, bump 8 | v5e | compiles | " in out
   assert out.endswith("\n2 compiles, 2 refuses\n")
-  assert [r["status"] for r in json.loads(file.read_text())] == [
+  assert [r["status"] for r in json.loads(file.read_text())["rows"]] == [
       "compiles", "compiles", "refuses", "refuses"]
+  # Only what is new is compiled again, and what is no more is forgotten.
+  del cases[0]
   cases.append(samples.case("odd", columns=520))
-  assert front_door.main(["compile", "--topologies=v5e", "--noschedule",
-                          "--nogpu"]) == 1
+  asked = []
+  compile_tpu = compiling.compile_tpu
+  monkeypatch.setattr(compiling, "compile_tpu", lambda case, *args: (
+      asked.append(case.name), compile_tpu(case, *args))[1])
+  readme = tmp_path / "README.md"
+  readme.write_text("<!-- compiled -->\n<!-- end of compiled -->\n")
+  assert front_door.main(argv[:3] + [f"--json={file}", "--nogpu",
+                                     f"--readme={readme}"]) == 1
   assert "| bump | odd | v5e | fails: ValueError: 520 columns" in (
       capsys.readouterr().out)
+  assert asked == ["odd"]
+  assert [(r["case"], r["target"]) for r in json.loads(file.read_text())[
+      "rows"]] == [("wide, bump 8", "v5e"), ("wide, bump 8", "h100"),
+                   ("odd", "v5e")]
+  assert "| bump | 0" in readme.read_text()
+  assert "| 1 of 2 |  |  |  | 0 of 1 |" in readme.read_text()
 
 
 def test_tune(cases, capsys, tmp_path, monkeypatch):

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pallas_kernels import accept_nodes
 from pallas_kernels.noise import gumbel
@@ -65,6 +67,15 @@ def check(judged, given, keys):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_is_its_meaning(dtype):
   given, keys = call(dtype=dtype)
+  check(accept_nodes(**given), given, keys)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), heats=st.lists(
+    st.sampled_from([0.0, 0.3, 1.0, 4.0]), min_size=2, max_size=2))
+def test_any_rows(seed, heats):
+  given, keys = call(rows=2, nodes=2, vocab=40, seed=seed)
+  given["temperature"] = jnp.asarray(heats, jnp.float32)
   check(accept_nodes(**given), given, keys)
 
 

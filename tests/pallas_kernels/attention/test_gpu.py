@@ -69,6 +69,16 @@ def check(arrays, places, page=None, **options):
                       "table": table, **options})
   assert found.dtype == jnp.bfloat16
   np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=3e-2)
+  no_races()
+
+
+def no_races():
+  try:
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+    races = interpret_pallas_call.get_races()
+  except (ImportError, AttributeError):
+    return                             # newer versions raise
+  assert not races.races_found
 
 
 @pytest.mark.parametrize("options", [

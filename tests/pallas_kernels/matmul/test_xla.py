@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pallas_kernels import (
   early_exit_stream,
@@ -19,6 +21,19 @@ from tests.pallas_kernels.matmul.weights import KINDS, normal, weight, wide
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 4e-6}
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), layer=st.integers(0, 2),
+       live=st.lists(st.booleans(), min_size=4, max_size=4))
+def test_any_rows(seed, layer, live):
+  """What rows that have left hold is not looked at."""
+  x, stack = normal(4, 64, seed=seed), weight("int8", 3, 8, 64, seed=seed + 1)
+  gone = np.logical_not(live)[:, None]
+  y = streamed_matmul(jnp.where(gone, jnp.nan, x), stack, jnp.int32(layer),
+                      jnp.asarray(live))
+  np.testing.assert_allclose(y, np.where(
+      gone, 0, np.float64(x) @ wide(stack)[layer].T), atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

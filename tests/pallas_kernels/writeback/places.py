@@ -20,7 +20,8 @@ def call(dtype, *, fresh=None, room=32, size=128, pages=0, count=2, rows=3,
   """Arguments: buffers, fresh nodes, path, slots, scales.
 
   Rows keep nothing, some and all of their path. Nodes that are not kept are
-  poisoned.
+  poisoned, and so is a share of what is in the buffers already, and all of the
+  page that belongs to nobody.
   """
   rng = np.random.default_rng(seed)
   first = pages or rows
@@ -28,11 +29,14 @@ def call(dtype, *, fresh=None, room=32, size=128, pages=0, count=2, rows=3,
   if dtype == "int8":
     buffers = [rng.integers(-127, 128, whole).astype(np.int8)
                for _ in range(count)]
-    scales = tuple(jnp.asarray(rng.random(whole[:3], np.float32))
-                   for _ in range(count))
+    scales = [rng.random(whole[:3], np.float32) for _ in range(count)]
   else:
     buffers = [rng.standard_normal(whole, np.float32) for _ in range(count)]
     scales = None
+  for x in scales or buffers:
+    x[rng.random(x.shape) < 0.2] = np.nan
+    if pages:
+      x[0] = np.nan
   new = [rng.standard_normal((rows, nodes, heads, size), np.float32)
          for _ in range(count)]
   new[0][:, 2] = 0                             # whose scale is none
@@ -55,7 +59,8 @@ def call(dtype, *, fresh=None, room=32, size=128, pages=0, count=2, rows=3,
   fresh = fresh or ("float32" if dtype == "float32" else "bfloat16")
   return (tuple(jnp.asarray(x).astype(dtype) for x in buffers),
           tuple(jnp.asarray(x).astype(fresh) for x in new),
-          jnp.asarray(path, jnp.int32), jnp.asarray(slots, jnp.int32), scales)
+          jnp.asarray(path, jnp.int32), jnp.asarray(slots, jnp.int32),
+          None if scales is None else tuple(map(jnp.asarray, scales)))
 
 
 def meaning(buffers, fresh, path, slots, scales, *, paged=False):
@@ -89,6 +94,8 @@ def same(found, wanted):
       assert apart.max() <= 1
       assert np.sum(apart) <= 20
     else:
-      np.testing.assert_array_equal(np.asarray(x), y)
+      # (As float32, because a NaN of bfloat16 is not like itself to NumPy.)
+      np.testing.assert_array_equal(np.asarray(x, np.float32),
+                                    y.astype(np.float32))
   for x, y in zip(found[1] or (), wanted[1] or (), strict=True):
     np.testing.assert_allclose(np.asarray(x), y, rtol=2e-7)
