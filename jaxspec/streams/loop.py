@@ -53,8 +53,9 @@ def init(model: StreamModel, layout: StreamLayout, cache: StreamCache, *,
     queue: most tokens that wait in a stream.
   """
   batch, streams = len(cache.length), layout.count
-  x = jax.eval_shape(model.backbone.embed,
-                     jnp.zeros((batch, streams), jnp.int32))
+  # Given the model, so that it may be shapes alone.
+  x = jax.eval_shape(lambda backbone, tokens: backbone.embed(tokens),
+                     model.backbone, jnp.zeros((batch, streams), jnp.int32))
 
   def zeros(*shape, dtype=jnp.int32):
     return jnp.zeros((batch, *shape), dtype)

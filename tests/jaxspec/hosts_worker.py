@@ -32,6 +32,7 @@ def several() -> int:
     made = Generator.load(given["model"], dtype="float32", rows=4, capacity=64,
                           mesh=given["mesh"], **options).generate(
         given["prompts"], Options(max_new_tokens=given["new"], ignore_eos=True))
+    print(options, f"after {time.process_time():.0f} s", file=sys.stderr)
     return [[c.token_ids for c in made], sum(c.stats.accepted for c in made)]
 
   def main():
