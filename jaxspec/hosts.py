@@ -122,7 +122,7 @@ def join(coordinator: str | None = None, processes: int | None = None,
   try:
     jax.distributed.initialize(
         coordinator, processes, process, initialization_timeout=_PATIENCE,
-        heartbeat_timeout_seconds=_SILENCE, shutdown_timeout_seconds=60)
+        shutdown_timeout_seconds=60)
   except (ValueError, TypeError, RuntimeError) as e:
     what = str(e).partition("\n")[0]
     raise InputError(f"the processes of this job did not meet ({what}); start "
