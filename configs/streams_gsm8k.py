@@ -25,6 +25,9 @@ def get_config(streams: str = "two") -> ml_collections.ConfigDict:
   config.silence = "<filename>"
   config.layout = "reading"
   config.steps = 400
+  # In each single row silence is likelier than the first word: without this a
+  # greedy answer may never begin, even when all is read.
+  config.silence_penalty = ["assistant=5"]
   config.column = [f"assistant={_ANSWER}"]
   config.follow = ["assistant=user:8"]
   if streams == "three":

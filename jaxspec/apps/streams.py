@@ -81,6 +81,12 @@ def define_flags(values: flags.FlagValues) -> None:
     None,
     "READER=STREAM, a stream that the reader must not see; may be repeated",
   )
+  many(
+    "silence_penalty",
+    None,
+    "STREAM=NUMBER, taken off the logit of the stream's silence, more and more "
+    "in the rows behind the last that was read; may be repeated",
+  )
   flags.DEFINE_boolean(
     "listen",
     False,
@@ -119,6 +125,7 @@ def main(settings: types.SimpleNamespace) -> None:
   hidden = _named("hide", settings.hide, layout)
   for _, name in hidden:
     layout.place(name)
+  _named("silence_penalty", settings.silence_penalty, layout, "NUMBER")
   generator = launch.load_model(settings, kernels=settings.kernels)
   streams = _streams(settings, generator, hidden)
   with streams.open(
@@ -170,6 +177,10 @@ def _streams(
     model, layout = taught.load(settings.taught, generator.model)
   for reader, name in hidden:
     layout = layout.without(reader, name)
+  for name, penalty in _named(
+    "silence_penalty", settings.silence_penalty, layout, "NUMBER"
+  ):
+    layout = layout.penalized(name, penalty)
   if (
     model is None
     and embedding is None
@@ -188,15 +199,18 @@ def _streams(
 
 
 def _named(
-  flag: str, items: Sequence[str] | None, layout: StreamLayout
+  flag: str,
+  items: Sequence[str] | None,
+  layout: StreamLayout,
+  form: str = "WORDS",
 ) -> list[tuple[str, str]]:
   """Reads STREAM=WORDS."""
   pairs = []
   for item in items or ():
     name, is_set, words = item.partition("=")
     if not is_set:
-      raise InputError(f"--{flag}={item} must look like STREAM=WORDS, with one "
-                       f"of {', '.join(layout.names)}")
+      raise InputError(f"--{flag}={item} must look like STREAM={form}, with "
+                       f"one of {', '.join(layout.names)}")
     layout.place(name)
     pairs.append((name, words))
   return pairs

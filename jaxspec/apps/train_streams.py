@@ -45,7 +45,8 @@ _HELD_OUT = 16
 _EVERY = 20
 _SESSIONS = 4
 # What may change between a run and its continuation.
-_MAY_CHANGE = ("resume", "compilation_cache_dir", "output", "minutes")
+_MAY_CHANGE = ("resume", "compilation_cache_dir", "output", "minutes",
+               "silence_penalty")
 # Words behind the leader: of an answer, and of remarks on it.
 _WAIT, _REMARK = 5, 1
 # Two vectors nearer than this are one to the model.
@@ -67,6 +68,10 @@ def define_flags(values: flags.FlagValues) -> None:
        "and by its row in the table is the place of each token; by default as "
        "the layout has it")
   switch("keep_silence", False, "with --silence: later tokens see silence too")
+  many("silence_penalty", None, "STREAM=NUMBER, in use taken off the logit of "
+       "the stream's silence, more and more in the rows behind the last that "
+       "was read; changes nothing of what is learnt, and may be given anew "
+       "with --resume; may be repeated")
   many("data", None, "a JSONL file, or the hub id of a data set that has such "
        "files; may be repeated")
   many("column", None, "STREAM=TEMPLATE, Jinja for what a stream says, of what "
@@ -168,6 +173,10 @@ def main(settings: types.SimpleNamespace) -> None:
     _save(folder, taught, generator, layout)
     after = judge(taught.model)
   seconds = _pace(timed)
+  if seconds is None and (folder / "report.json").exists():
+    # Judged anew, and not taught.
+    seconds = json.loads((folder / "report.json").read_text(
+      encoding="utf-8"))["seconds_a_step"]
   runs.write(folder / "report.json", {
     "before": before, "after": after, "steps": steps,
     "seconds_a_step": seconds, "cells_a_step": recipe.blocks * recipe.width,
@@ -241,6 +250,9 @@ def _layout(settings: types.SimpleNamespace, generator: Generator
       layout, positions="rows", silence=ids[0],
       keep_silence=settings.keep_silence,
       streams=tuple(dataclasses.replace(s, lead=0) for s in layout.streams))
+  for name, penalty in _named("silence_penalty", "NUMBER",
+                              settings.silence_penalty, layout):
+    layout = layout.penalized(name, penalty)
   if layout.silence is not None:
     if layout.silence in generator.eos_ids:
       raise InputError(f"the silence token {layout.silence} ends a text; name "

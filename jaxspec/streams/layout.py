@@ -16,6 +16,7 @@ the silence token, which is a token like any other.
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import typing
 from collections.abc import Sequence
@@ -210,6 +211,21 @@ class StreamLayout:
     allowed = self.names if old.reads is None else old.reads
     new = dataclasses.replace(old, reads=tuple(
         name for name in allowed if name not in (*hidden, reader)))
+    return dataclasses.replace(self, streams=(
+        *self.streams[:at], new, *self.streams[at + 1:]))
+
+
+  def penalized(self, name: str, text: str) -> "StreamLayout":
+    """The same, with another silence penalty of a stream, as flags give it."""
+    at = self.place(name)
+    try:
+      penalty = float(text)
+    except ValueError:
+      penalty = math.nan
+    if not 0 <= penalty < math.inf:
+      raise InputError(f"the silence penalty of stream {name} must be a number "
+                       f"from 0 on, got {text!r}")
+    new = dataclasses.replace(self.streams[at], silence_penalty=penalty)
     return dataclasses.replace(self, streams=(
         *self.streams[:at], new, *self.streams[at + 1:]))
 

@@ -144,6 +144,7 @@ def test_rows_are_columns_while_somebody_types(run, terminal, monkeypatch):
 @pytest.mark.parametrize("argv, words", [
     (["--layout=readin"], "Did you mean 'reading'?"),
     (["--push=hi"], "must look like STREAM=WORDS"),
+    (["--silence_penalty=assistant"], "must look like STREAM=NUMBER"),
     (["--push=usr=hi"], "Did you mean 'user'?"),
     (["--hide=assistant=usr"], "Did you mean 'user'?"),
     (["--stride=0"], "--stride must be at least 1"),
@@ -159,6 +160,7 @@ def test_a_wrong_flag_is_one_line(run, argv, words):
     (["--layout=auditing"], "auditor has nothing to go on from"),
     (["--row_drafter=lookip"], "Did you mean 'lookup'?"),
     (["--room=1000"], "context of 512"),
+    (["--silence_penalty=assistant=2"], "no silence token"),
     (["--cache=window"], "use contiguous or paged"),
     (["--kernels=tpu"], "kernels=tpu is not for the devices"),
     (["--stop=x"], "stop texts are not looked for"),

@@ -102,7 +102,9 @@ def test_a_run_that_the_clock_ended_goes_on(whole, tiny_model, data, tmp_path,
   assert "at step 1 of 6" in capsys.readouterr().err
   assert run(*argv, "--resume", "--steps=7") == 2
   assert "--steps=6" in capsys.readouterr().err
-  assert run(*argv, "--resume") == 0
+  # What is learnt is the same with a silence penalty, which is for use.
+  assert run(*argv, "--resume", "--silence_penalty=assistant=3") == 0
+  assert taught.layout_of(folder / "streams").penalties.tolist() == [0, 3, 0]
   for name, found in tensors(folder).items():
     for path, value in tensors(whole)[name].items():
       np.testing.assert_array_equal(found[path], value)
@@ -130,6 +132,7 @@ def test_a_whole_model_learns(tiny_model, data, tmp_path):
     (["--follow=auditor=assistant:x"], "number of words"),
     (["--follow=auditor=asistant:1"], "Did you mean 'assistant'?"),
     (["--follow=assistant=auditor:1"], "in a circle"),
+    (["--silence_penalty=assistant=x"], "from 0 on"),
     (["--cells=2"], "cells must be an integer"),
     (["--silence_share=2"], "silence_share must be a number"),
     (["--adapter_rank=0", "--adapter_alpha=3"], "leave one out"),

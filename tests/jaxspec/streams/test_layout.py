@@ -21,6 +21,16 @@ def test_the_published_layouts():
   assert thoughts.words[0] == 2**11 - 1
 
 
+def test_silence_is_penalized_by_name():
+  layout = layouts.thoughts().penalized("void", "2.5").penalized("output", "0")
+  assert layout.penalties.tolist() == [0, 0, 0, 0, 0, 0, 0, 2.5, 0, 0]
+  for name, text, words in (("vod", "1", "Did you mean 'void'"),
+                            ("void", "-1", "from 0 on"),
+                            ("void", "x", "from 0 on")):
+    with pytest.raises(InputError, match=words):
+      layout.penalized(name, text)
+
+
 def test_an_auditor_is_read_by_none():
   layout = layouts.auditing()
   auditor = layout.place("auditor")
