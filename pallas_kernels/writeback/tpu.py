@@ -41,7 +41,13 @@ def commit_kv(buffers, fresh, path, slots, *, scales, paged, target: Target):
                path.reshape(-1).astype(jnp.int32)]
   firsts = len(arguments) + count
   wide = [jnp.swapaxes(x, 2, 3) for x in buffers] if flipped else list(buffers)
-  held = [*wide, *(scales or ())]
+  # (One of each: what an argument of the program is, and is taken over, cannot
+  # be said to be in HBM.)
+  held = [x[None] for x in (*wide, *(scales or ()))]
+  if not target.interpret:
+    # Said, because the compiler would bring what fits into VMEM, all of it, for
+    # the few slots that are written, and back.
+    held = [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in held]
   heads, size = fresh[0].shape[2:]
   block = (heads, size, window) if flipped else (heads, window, size)
   # Of a row, a window has no more nodes than are written at all.
@@ -66,10 +72,7 @@ def commit_kv(buffers, fresh, path, slots, *, scales, paged, target: Target):
               [range(path.shape[1])] * path.shape[0], buffers[0].shape, count,
               buffers[0].dtype.itemsize, fresh[0].dtype.itemsize,
               path.shape[1], target=target, paged=paged)),
-      # Where they are is said, because the compiler would bring what fits into
-      # VMEM, all of it, for the few slots that are written, and back.
-      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) if target.interpret
-                 else pltpu.HBM(x.shape, x.dtype) for x in held],
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in held],
       in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(arguments)
       + [anywhere] * (count + len(held)),
       out_specs=[anywhere] * len(held),
@@ -80,6 +83,7 @@ def commit_kv(buffers, fresh, path, slots, *, scales, paged, target: Target):
           vmem_limit_bytes=_memory(count, window, together, heads, size)),
       interpret=target.interpret, name="commit_kv")(
           *arguments, *fresh, *held)
+  out = [x[0] for x in out]
   out, scales = out[:count], None if scales is None else tuple(out[count:])
   if flipped:
     out = [jnp.swapaxes(x, 2, 3) for x in out]
@@ -201,8 +205,8 @@ def _kernel(at_ref, job_ref, path_ref, *refs, count, window, room, flipped,
   # (Not `//` and `%`, which look at signs, and at a device for it.)
   # The results are the buffers themselves: there is one of each.
   held = count * (2 if quantized else 1)
-  buffers, refs = refs[held:held + count], refs[held + count:]
-  scales, refs = refs[:held - count], refs[held - count:]
+  out, refs = [ref.at[0] for ref in refs[held:2 * held]], refs[2 * held:]
+  buffers, scales = out[:count], out[count:]
   old_ref, new_ref, jobs_ref, sems, *refs = refs
   scale_ref, runs_ref, scale_sems = refs if quantized else (None,) * 3
 
