@@ -43,6 +43,7 @@ def test_an_answer_begins_behind_its_prompt(generator):
   assert corpus.answered("plain")
 
 
+@pytest.mark.slow
 def test_the_model_writes_where_a_user_would(generator, monkeypatch):
   """Every second conversation has a system turn of its own."""
   seen = []

@@ -73,8 +73,9 @@ def test_a_table_of_blocks_that_is_none_is_explained():
 
 
 @pytest.mark.parametrize("drafter, cache", [
-    ("exit", "contiguous"), ("prompt_lookup", "paged:page=8"),
-    ("autoregressive", "window"),
+    ("exit", "contiguous"),
+    pytest.param("prompt_lookup", "paged:page=8", marks=slow),
+    pytest.param("autoregressive", "window", marks=slow),
     pytest.param("autoregressive", "contiguous", marks=slow),
     pytest.param("autoregressive", "paged:page=8", marks=slow),
     pytest.param("prompt_lookup", "contiguous", marks=slow),
@@ -101,9 +102,8 @@ TALK = StreamLayout((Stream("user", written=False), Stream("out"),
                     keep_silence=False)
 
 
-@pytest.mark.parametrize("cache", [
-    "contiguous", pytest.param("paged:page=8", marks=slow),
-    pytest.param("window", marks=slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["contiguous", "paged:page=8", "window"])
 def test_interpreted_kernels_give_the_same_rows(quick_compiles, small, cache):
   """One by one without kernels, and with them where some were foretold."""
   found, drafter = [], None

@@ -314,6 +314,7 @@ def test_a_pipeline_is_the_model_it_was():
   assert cycles.leaves_equal(whole, model())
 
 
+@pytest.mark.slow
 def test_a_generator_on_stages(tiny):
   """More prompts than rows, and one that is streamed."""
   generator = Generator(tiny, mesh=sharding.make_mesh({"stage": 2}), rows=2,

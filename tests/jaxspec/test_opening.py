@@ -64,7 +64,8 @@ def begin(model, drafter, texts, options, *, kind="contiguous", chunk=512,
 @pytest.mark.parametrize("kind, chunk", [
     # (In one chunk rows are begun below, too.)
     pytest.param("contiguous", 512, marks=pytest.mark.slow),
-    ("contiguous", 16), ("paged", 16),
+    ("contiguous", 16),
+    pytest.param("paged", 16, marks=pytest.mark.slow),
     pytest.param("window", 16, marks=pytest.mark.slow)])
 def test_text_and_cache_are_the_same(small, drafter, kind, chunk):
   for options in (GREEDY, dataclasses.replace(SAMPLED, logprobs=True)):

@@ -288,6 +288,7 @@ def test_a_tuned_model_goes_on(tmp_path):
 # Draft models.
 
 
+@pytest.mark.slow
 def test_a_draft_model_learns_to_be_accepted(small):
   """More than the same layers untrained."""
   start = select(small, [0])

@@ -129,6 +129,7 @@ def test_widths_change_and_nothing_is_compiled(small, plain):
   assert compiles.count == 0
 
 
+@pytest.mark.slow
 def test_a_costly_drafter_is_not_asked_while_nothing_pays(small, plain):
   @struct.dataclass
   class Costly(Scripted):

@@ -58,7 +58,7 @@ DRAWN = ("prompt_lookup",)
 # varying width. The others draft such passes too, and in slow runs.
 ALONE = ("prompt_lookup", "early_exit")
 CACHED = {
-    "paged": ("prompt_lookup", "early_exit", "adaptive"),
+    "paged": ("prompt_lookup", "early_exit"),
     "window": ("autoregressive", "draft_model")}
 
 

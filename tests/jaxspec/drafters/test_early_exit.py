@@ -49,7 +49,7 @@ def stopping(tiny):
 
 
 @pytest.mark.parametrize("choices, attention", [
-    (CHAIN, False), (BUSHY, True),
+    pytest.param(CHAIN, False, marks=pytest.mark.slow), (BUSHY, True),
     pytest.param(CHAIN, True, marks=pytest.mark.slow),
     pytest.param(BUSHY, False, marks=pytest.mark.slow)])
 def test_a_head_that_knows_is_always_right(choices, attention):
@@ -107,6 +107,7 @@ def test_a_row_stops_where_the_head_is_not_sure(tiny):
   assert np.all(np.asarray(never.head_start.x)[:, 0].any(axis=-1))
 
 
+@pytest.mark.slow
 def test_rows_stop_each_for_itself(tiny):
   head = ExitHead.init(tiny, layer=2)
   prompts = batches.prompts(8)
