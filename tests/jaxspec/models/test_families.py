@@ -203,7 +203,8 @@ def test_split_is_the_inverse_of_assemble(name):
   assert used == stored.keys()
   for path, weight in made.items():
     found = weights.assemble(
-        path, config, names, lambda n, s: stored[n], stored.__contains__
+        path, config, names, lambda n, _, part: stored[n][part],
+        stored.__contains__
     )
     np.testing.assert_allclose(found, weight, rtol=0, atol=3e-7)
 
@@ -230,7 +231,7 @@ def test_fused_experts_are_read():
       "layers.0.gate_up",
       config,
       names,
-      lambda n, s: stored[n],
+      lambda n, _, part: stored[n][part],
       stored.__contains__,
   )
   whole = stored[names.full("fused_gate_up", 0)]
