@@ -34,8 +34,6 @@ from tests.jaxspec.mutants import (
 
 SAMPLES = 2 * ROWS                   # of a bug
 FEW = ROWS // 8                      # where none may differ
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 VERIFIERS = {"exact": exact, "rejection": Rejection()}
 # A verifier, and a drafter that suits it: drafts are drawn for rejection.
 PAIRS = [("exact", "chain"), ("exact", "tree"),
