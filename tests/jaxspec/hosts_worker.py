@@ -36,8 +36,10 @@ def several() -> int:
     return [[c.token_ids for c in made], sum(c.stats.accepted for c in made)]
 
   def main():
-    found = [answers(options) for options in given["options"]]
-    pathlib.Path(output).write_text(json.dumps(found))
+    found = []
+    for options in given["options"]:
+      found.append(answers(options))
+      pathlib.Path(output).write_text(json.dumps(found))
     return 0
 
   return hosts.together(main)

@@ -86,13 +86,13 @@ class Job:
       process.kill()
       process.wait()
 
-  def wait(self, process, timeout=1000):
+  def wait(self, process, timeout=3000):
     return self.processes[process].wait(timeout)
 
   def said(self, process):
     return self.logs[process].read_text()
 
-  def until(self, done, timeout=1000):
+  def until(self, done, timeout=3000):
     end = time.monotonic() + timeout
     while not done():
       for at, process in enumerate(self.processes):
