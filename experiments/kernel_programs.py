@@ -2,19 +2,19 @@
 """Whole decode and verify steps, made of kernels, compiled for TPUs.
 
   python -m experiments.kernel_programs \
-      --json=experiments/results/kernels_compile.json
+      --json=experiments/results/kernel_programs.json
 
 No TPU is needed. Each program is the loop that decodes: of one node a step
 (`autoregressive`), and of eight that are verified together (`prompt_lookup`).
 Of each is asserted that it calls kernels, that the memory of the whole state,
 caches included, is taken over, that temporaries are below two percent of what
-it is given, and that nothing as large as the keys of a layer is copied. Rows
-go beside those of `python -m pallas_kernels compile`, and what was found of
-the same sources is kept.
+it is given, and that nothing as large as the keys of a layer is copied, be it
+into the chip's own memory and back. What was found of the same sources is kept.
 """
 
 import argparse
 import dataclasses
+import pathlib
 import re
 import sys
 import time
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from jaxspec import sharding
 from jaxspec.planning import Blueprint, Setup, devices, read_config, size
-from pallas_kernels import compiling, records
+from pallas_kernels import compiling, records, support
 from pallas_kernels.compiling import Outcome
 
 SHARE = 0.02
@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--targets", default=",".join(compiling.TOPOLOGIES))
   parser.add_argument("--depth", type=int, help="layers, instead of all: for "
                       "a trial, which is not written down")
+  parser.add_argument("--readme", help="a file in which the table is renewed, "
+                      "between its marks")
   settings = parser.parse_args(argv)
   compiling.prepare()
   journal = records.Records(None if settings.depth else settings.json,
@@ -70,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
           journal.add(dataclasses.asdict(outcome), source)
         print(compiling.row(outcome), flush=True)
         good = good and outcome.good
+  if settings.readme:
+    file = pathlib.Path(settings.readme)
+    shown = compiling.summary(journal.rows)
+    file.write_text(support.insert(file.read_text(), shown, "programs"))
   return 0 if good else 1
 
 

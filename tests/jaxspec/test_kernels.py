@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
+from experiments.kernel_programs import copied
 from jaxspec import kernels, loop, sharding
 from jaxspec.drafters.early_exit import EarlyExit
 from jaxspec.drafters.prompt_lookup import PromptLookup
@@ -162,6 +163,8 @@ def test_a_program_for_a_tpu_calls_the_kernels(chips, sizes, drafter):
   keys = state.seq.cache.k[0]
   assert memory.temp_size_in_bytes < keys.dtype.itemsize * np.prod(
       keys.sharding.shard_shape(keys.shape))
+  # Nor is one brought into the chip's own memory, and back.
+  assert not copied(compiled.as_text(), keys.sharding.shard_shape(keys.shape))
 
 
 def lacking(compiled, wanted):
