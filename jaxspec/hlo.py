@@ -292,13 +292,15 @@ def _shape(found: re.Match[str]) -> _Shape:
 
 
 class _Reader:
-  """Counts computations, each once."""
+  """Follows a program, and counts what it runs."""
 
   def __init__(self, parsed: tuple[_Computations, str],
                scopes: Sequence[str], trips: Callable[[str], float],
                dearest: Callable[[str], bool]):
     self.computations, self.entry = parsed
     self._scopes, self._trips, self._dearest = scopes, trips, dearest
+    # Of conditionals that lie in each other, each is weighed once.
+    self._chosen: dict[str, str] = {}
 
   def walk(self, computation: str, scope: str, times: float = 1.0
            ) -> Iterator[Operation]:
@@ -352,9 +354,12 @@ class _Reader:
     def cost(name: str) -> tuple[float, float]:
       found = total(by_scope(self.walk(name, scope)))
       return found.bytes, found.all_flops
-    branches = [name for key, name in op.calls.items()
-                if key.startswith(("branch", "true", "false"))]
-    return (max if self._dearest(op.name) else min)(branches, key=cost)
+    if op.id not in self._chosen:
+      branches = [name for key, name in op.calls.items()
+                  if key.startswith(("branch", "true", "false"))]
+      pick = max if self._dearest(op.name) else min
+      self._chosen[op.id] = pick(branches, key=cost)
+    return self._chosen[op.id]
 
   def _times(self, op: _Op, ops: dict[str, _Op]) -> float:
     known = re.search(r'known_trip_count":?=?\{"n":"(\d+)"', op.rest)

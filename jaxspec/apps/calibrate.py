@@ -126,10 +126,7 @@ def main(settings: types.SimpleNamespace) -> None:
     _show(path, head, found)
   if settings.output:
     file = pathlib.Path(settings.output).expanduser()
-    try:
-      file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    except OSError as e:
-      raise InputError(f"cannot write {file}: {e.strerror}") from e
+    launch.write(file, json.dumps(report, indent=2) + "\n")
 
 
 def _check(settings: types.SimpleNamespace) -> None:

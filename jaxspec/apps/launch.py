@@ -567,6 +567,40 @@ def agree(settings: types.SimpleNamespace, value: Callable[[], Any]) -> Any:
   return hosts.agree(value)
 
 
+# What several commands share.
+
+
+def by_stream(
+  flag: str, form: str, items: Sequence[str] | None, layout: Any
+) -> list[tuple[str, str]]:
+  """Reads what a flag says of streams, as STREAM=TEXT.
+
+  Args:
+    form: what stands for the text in an error.
+    layout: the `StreamLayout` that knows the names.
+  """
+  pairs = []
+  for item in items or ():
+    name, is_set, text = item.partition("=")
+    if not is_set:
+      raise InputError(
+        f"--{flag}={item} must look like STREAM={form}, with one of "
+        f"{', '.join(layout.names)}"
+      )
+    layout.place(name)
+    pairs.append((name, text))
+  return pairs
+
+
+def write(path: str | os.PathLike, text: str) -> None:
+  """Writes a file that a flag names."""
+  try:
+    with open(os.path.expanduser(path), "w", encoding="utf-8") as file:
+      file.write(text)
+  except OSError as e:
+    raise InputError(f"cannot write {path}: {e.strerror}") from e
+
+
 # Settings to a generator.
 
 

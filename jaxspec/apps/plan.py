@@ -189,7 +189,7 @@ def main(settings: types.SimpleNamespace) -> int:
       if not plan.fits and settings.remedies:
         _say_remedies(planning.remedies(setup, **how))
   if settings.json:
-    _write(settings.json, json.dumps(
+    launch.write(settings.json, json.dumps(
       [plan.as_dict(acceptance) for plan in plans], indent=2) + "\n")
   if settings.plot:
     plot(settings.plot, settings.model, plans, acceptance)
@@ -407,14 +407,6 @@ def _say_remedies(found: Sequence[tuple[str, Plan]]) -> None:
 
 
 # Files.
-
-
-def _write(path: str, text: str) -> None:
-  try:
-    with open(os.path.expanduser(path), "w", encoding="utf-8") as file:
-      file.write(text)
-  except OSError as e:
-    raise InputError(f"cannot write {path}: {e.strerror}") from e
 
 
 def plot(path: str, model: str, plans: Sequence[Plan],

@@ -10,12 +10,12 @@ device, `plan --profile` counts the same in the compiled program.
 """
 
 import json
-import os
 import types
 from typing import TYPE_CHECKING
 
 from absl import flags
 
+from jaxspec.apps import launch
 from jaxspec.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def main(settings: types.SimpleNamespace) -> None:
       print("\n".join(lines(name, ops, took / whole if whole else 0.0,
                             settings.top)))
   if settings.json:
-    _write(settings.json, {
+    launch.write(settings.json, json.dumps({
       name: dict(
         seconds=sum(one.seconds for one in ops),
         scopes={scope or "other": seconds
@@ -74,7 +74,7 @@ def main(settings: types.SimpleNamespace) -> None:
         operations=[dict(operation=one.operation, scope=one.scope,
                          name=one.name, seconds=one.seconds, times=one.times)
                     for one in ops[:settings.top]])
-      for name, ops in programs.items()})
+      for name, ops in programs.items()}, indent=2) + "\n")
 
 
 def lines(name: str, ops: list[Taken], share: float, top: int) -> list[str]:
@@ -94,11 +94,3 @@ def lines(name: str, ops: list[Taken], share: float, top: int) -> list[str]:
       f"{one.times:>8}  {one.scope or 'no scope'}: {one.operation}"
       + (f", {one.name.rpartition('/')[2]}" if one.name else ""))
   return [*found, ""]
-
-
-def _write(path: str, found: dict[str, object]) -> None:
-  try:
-    with open(os.path.expanduser(path), "w", encoding="utf-8") as file:
-      file.write(json.dumps(found, indent=2) + "\n")
-  except OSError as e:
-    raise InputError(f"cannot write {path}: {e.strerror}") from e

