@@ -416,8 +416,7 @@ class _Reader:
     kind = op.opcode.removesuffix("-start")
     if kind in _KINDS:
       cost.collectives.append(self._collective(kind, op, ops, scope))
-    if (op.opcode == "custom-call" and _KERNEL.search(op.rest)
-        and "ragged-dot-metadata" not in (op.name or op.id)):   # of indices
+    if op.opcode == "custom-call" and _KERNEL.search(op.rest):
       cost.uncounted.append(op.name or op.id)
     if op.opcode == "fusion":
       name = op.calls["calls"]

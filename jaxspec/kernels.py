@@ -73,6 +73,11 @@ def on(mesh: Mesh, goal: Target | None) -> Iterator[None]:
                      "XLA computes what they do not take") from e
 
 
+def allowed() -> bool:
+  """Whether nobody asked that what is traced here has no kernels."""
+  return aim.value is None or aim.value.implementation != "xla"
+
+
 def wanted() -> bool:
   """Whether what is traced here may be made of kernels."""
   goal = aim.value

@@ -13,10 +13,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas.ops.tpu.megablox import gmm
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxspec import sharding
+from jaxspec import kernels, sharding
 from jaxspec.models.layers import ACTIVATIONS, linear
 
 
@@ -75,31 +76,51 @@ def _mix(x, chosen, experts, gate_up, down, activation):
   sizes = jnp.sum(expert[None] == jnp.arange(count)[:, None], axis=1,
                   dtype=jnp.int32)
   tokens = x.reshape(-1, x.shape[-1])[order // per_token]
+  by_block, by_kernel = (functools.partial(way, activation=activation)
+                         for way in (_by_block, _by_kernel))
   y = lax.platform_dependent(
-      tokens, sizes, gate_up, down,
-      cpu=functools.partial(_by_block, activation=activation),
-      default=functools.partial(_by_ragged_dot, activation=activation))
+      tokens, sizes, gate_up, down, default=by_block,
+      tpu=by_kernel if kernels.allowed() else by_block)
   y = y[jnp.argsort(order)].reshape(*experts.shape, -1)         # [B T k D]
   y = jnp.where(here[..., None], y * chosen[..., None], 0)
   return jnp.sum(y, axis=-2)
 
 
-def _by_ragged_dot(tokens: Float[Array, "A D"], sizes: Int[Array, "E"],
-                   gate_up: Float[Array, "E 2 F D"],
-                   down: Float[Array, "E D F"], *,
-                   activation: str) -> Float[Array, "A D"]:
-  """Runs of `sizes[e]` tokens through expert e; what follows is undefined."""
+def _by_kernel(tokens: Float[Array, "A D"], sizes: Int[Array, "E"],
+               gate_up: Float[Array, "E 2 F D"], down: Float[Array, "E D F"],
+               *, activation: str, interpret: bool = False
+               ) -> Float[Array, "A D"]:
+  """Runs of `sizes[e]` tokens through expert e; what follows is undefined.
+
+  A TPU's `lax.ragged_dot` would lay the weights out anew in each call, for it
+  takes them with the other axis last: a copy as large as the experts.
+  """
   groups, _, width, _ = gate_up.shape
-  dims = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
-  precision = lax.Precision.HIGHEST if tokens.dtype == jnp.float32 else None
+  count = len(tokens)
+  # One tile of tokens where they are few, so that an expert is read once.
+  tile = 256 if count >= 256 * groups else min(-(-count // 16) * 16, 128)
+  tokens = jnp.pad(tokens, ((0, -count % tile), (0, 0)))
 
   def dot(x, weight):
-    return lax.ragged_dot_general(x, weight, sizes, dims, precision=precision,
-                                  preferred_element_type=jnp.float32)
+    tiles = tile, _tile(weight.shape[2]), _tile(weight.shape[1])
+    # A TPU keeps the axis last of which it need not pad the lanes.
+    aside = weight.shape[2] % 128 != 0 and weight.shape[1] % 128 == 0
+    if aside:
+      weight = jnp.swapaxes(weight, 1, 2)
+    return gmm(x, weight, sizes, jnp.float32, tiles, None, None, not aside,
+               interpret)
 
-  hidden = dot(tokens, gate_up.reshape(groups, 2 * width, -1))
-  hidden = _gate(hidden.reshape(-1, 2, width), activation)
-  return dot(hidden.astype(tokens.dtype), down)
+  exact = "highest" if tokens.dtype == jnp.float32 else None
+  with jax.default_matmul_precision(exact):
+    hidden = dot(tokens, gate_up.reshape(groups, 2 * width, -1))
+    hidden = _gate(hidden.reshape(-1, 2, width), activation)
+    return dot(hidden.astype(tokens.dtype), down)[:count]
+
+
+def _tile(size: int) -> int:
+  """A megabyte or two of weights is read at a time."""
+  return next((n for n in range(1024, 511, -128) if size % n == 0),
+              min(size, 1024))
 
 
 def _by_block(tokens: Float[Array, "A D"], sizes: Int[Array, "E"],
@@ -107,8 +128,8 @@ def _by_block(tokens: Float[Array, "A D"], sizes: Int[Array, "E"],
               *, activation: str) -> Float[Array, "A D"]:
   """The same, a few tokens of one expert at a time.
 
-  XLA:CPU multiplies a ragged dot out over all experts, which is slower than
-  the dense product (`experiments/expert_products.py`).
+  But for a TPU XLA multiplies a ragged dot out over all experts, which on a CPU
+  is slower than the dense product (`experiments/expert_products.py`).
   """
   count, groups = len(tokens), len(sizes)
   # About twice a group's average: seldom two blocks, little padding. (One row

@@ -11,6 +11,8 @@ import pytest
 from jaxspec import sharding
 from jaxspec.models import moe
 from jaxspec.models.layers import ACTIVATIONS, linear
+from jaxspec.planning import devices
+from pallas_kernels.target import Target, aim
 
 WIDTH, HIDDEN = 16, 12
 mixture = jax.jit(
@@ -84,7 +86,9 @@ def jitted(implementation):
   return jax.jit(implementation, static_argnames="activation")
 
 
-@pytest.mark.parametrize("implementation", [moe._by_block, moe._by_ragged_dot])
+@pytest.mark.parametrize("implementation", [
+    moe._by_block, functools.partial(moe._by_kernel, interpret=True)],
+    ids=["block", "kernel"])
 @pytest.mark.parametrize("sizes", [(7, 0, 2, 0), (0, 0, 0, 0), (0, 0, 0, 16),
                                    (1, 1, 1, 1)])
 def test_implementations(implementation, sizes):
@@ -101,6 +105,37 @@ def test_implementations(implementation, sizes):
     np.testing.assert_allclose(
         y[row:row + size], linear(hidden, down[expert])[0], atol=1e-5)
     row += size
+
+
+@pytest.mark.parametrize("width, mlp", [(512, 1280), (1024, 192)])
+@pytest.mark.parametrize("tokens", [16, 64, 1500])
+def test_a_tpu_copies_no_expert(tpu_compiler, width, mlp, tokens):
+  """Also where their width is not a multiple of the lanes."""
+  device = jax.sharding.SingleDeviceSharding(devices("v5e:2x2")[0])
+  shapes = ((tokens, width), (8, 2, mlp, width), (8, width, mlp))
+  x, gate_up, down = (jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=device)
+                      for s in shapes)
+  sizes = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=device)
+  compiled = jitted(moe._by_kernel).lower(
+      x, sizes, gate_up, down, activation="silu").compile()
+  assert compiled.as_text().count("tpu_custom_call") == 2
+  # What is between the products, twice: wide, and as it goes in.
+  between = tokens * mlp * (2 * 4 + 2 * 2) + tokens * width * 2
+  assert compiled.memory_analysis().temp_size_in_bytes < (
+      2 * between + 0.02 * (gate_up.size + down.size) * 2 + (1 << 19))
+
+
+def test_kernels_can_be_forbidden(tpu_compiler):
+  device = devices("v5e:2x2")[0]
+  args = [jax.ShapeDtypeStruct(
+      a.shape, a.dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+      for a in inputs(2, 1, 8, jnp.bfloat16)]
+  for target, calls in ((Target("tpu", "TPU v5 lite", implementation="xla"), 0),
+                        (Target("tpu", "TPU v5 lite"), 2), (None, 2)):
+    with aim(target):
+      text = jax.jit(functools.partial(
+          moe.mixture, per_token=2, **OPTIONS)).lower(*args).as_text()
+    assert text.count("@tpu_custom_call") == calls
 
 
 @pytest.mark.parametrize("experts, per_token", [(8, 2), (128, 8)])
