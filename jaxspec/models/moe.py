@@ -3,7 +3,8 @@
 
 Each token is copied to its experts, the copies are sorted by expert, and each
 expert multiplies its own: the work grows with `per_token`, not with the number
-of experts. On a mesh each shard does so for the experts (and the slice of
+of experts (but on a GPU for a few tokens, where reading the weights is all the
+time). On a mesh each shard does so for the experts (and the slice of
 their width) it holds, for the rows of its data shard, and one sum over the
 shards follows; neither tokens nor weights travel.
 """
@@ -76,11 +77,15 @@ def _mix(x, chosen, experts, gate_up, down, activation):
   sizes = jnp.sum(expert[None] == jnp.arange(count)[:, None], axis=1,
                   dtype=jnp.int32)
   tokens = x.reshape(-1, x.shape[-1])[order // per_token]
-  by_block, by_kernel = (functools.partial(way, activation=activation)
-                         for way in (_by_block, _by_kernel))
+  by_block = functools.partial(_by_block, activation=activation)
+  by_large_block = functools.partial(by_block, largest=512)
+  tpu = _by_kernel if kernels.allowed() else by_large_block
+  few = len(tokens) <= _FEW
   y = lax.platform_dependent(
-      tokens, sizes, gate_up, down, default=by_block,
-      tpu=by_kernel if kernels.allowed() else by_block)
+      tokens, sizes, gate_up, down, cpu=by_block,
+      tpu=functools.partial(tpu, activation=activation),
+      default=functools.partial(_by_all, activation=activation)
+      if few else by_large_block)
   y = y[jnp.argsort(order)].reshape(*experts.shape, -1)         # [B T k D]
   y = jnp.where(here[..., None], y * chosen[..., None], 0)
   return jnp.sum(y, axis=-2)
@@ -123,10 +128,33 @@ def _tile(size: int) -> int:
               min(size, 1024))
 
 
+# So many tokens (each times the experts it has) are multiplied by the time that
+# a GPU has read a weight.
+_FEW = 256
+
+
+def _by_all(tokens: Float[Array, "A D"], sizes: Int[Array, "E"],
+            gate_up: Float[Array, "E 2 F D"], down: Float[Array, "E D F"], *,
+            activation: str) -> Float[Array, "A D"]:
+  """The same: each token through all experts, of which it keeps one.
+
+  Reads each weight once. XLA for a GPU would copy one expert out of the stack
+  before it multiplies by it, and all of them for `lax.ragged_dot`.
+  """
+  own = jnp.minimum(jnp.searchsorted(
+      jnp.cumsum(sizes), jnp.arange(len(tokens)), side="right"), len(sizes) - 1)
+  hidden = _gate(linear(tokens, gate_up), activation)           # [A E F]
+  y = lax.dot_general(
+      hidden.astype(tokens.dtype), down, (((2,), (2,)), ((1,), (0,))),
+      precision=lax.Precision.HIGHEST if tokens.dtype == jnp.float32 else None,
+      preferred_element_type=jnp.float32)                       # [E A D]
+  return y[own, jnp.arange(len(tokens))]
+
+
 def _by_block(tokens: Float[Array, "A D"], sizes: Int[Array, "E"],
               gate_up: Float[Array, "E 2 F D"], down: Float[Array, "E D F"],
-              *, activation: str) -> Float[Array, "A D"]:
-  """The same, a few tokens of one expert at a time.
+              *, activation: str, largest: int = 64) -> Float[Array, "A D"]:
+  """The same, a few tokens of one expert at a time, `largest` at most.
 
   But for a TPU XLA multiplies a ragged dot out over all experts, which on a CPU
   is slower than the dense product (`experiments/expert_products.py`).
@@ -135,7 +163,8 @@ def _by_block(tokens: Float[Array, "A D"], sizes: Int[Array, "E"],
   # About twice a group's average: seldom two blocks, little padding. (One row
   # of bfloat16 has no kernel at all.)
   average = 2 * count // groups
-  block = min(max(4, 1 << (average - 1).bit_length() if average else 4), 64)
+  block = min(max(4, 1 << (average - 1).bit_length() if average else 4),
+              largest)
   most = min(count, groups + count // block)
 
   blocks = (sizes + block - 1) // block                         # [E]

@@ -87,8 +87,9 @@ def jitted(implementation):
 
 
 @pytest.mark.parametrize("implementation", [
-    moe._by_block, functools.partial(moe._by_kernel, interpret=True)],
-    ids=["block", "kernel"])
+    moe._by_block, functools.partial(moe._by_block, largest=512), moe._by_all,
+    functools.partial(moe._by_kernel, interpret=True)],
+    ids=["block", "large block", "all", "kernel"])
 @pytest.mark.parametrize("sizes", [(7, 0, 2, 0), (0, 0, 0, 0), (0, 0, 0, 16),
                                    (1, 1, 1, 1)])
 def test_implementations(implementation, sizes):
