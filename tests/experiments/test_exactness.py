@@ -44,6 +44,7 @@ PLAN = [
                          drafter="prompt_lookup:length=3"), plain)]
 
 
+@pytest.mark.slow
 def test_speculation_is_exact_and_a_second_run_reads_it(
     make, prompts, quick_compiles, tmp_path):
   def run(make):

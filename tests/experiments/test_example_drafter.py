@@ -22,6 +22,7 @@ def test_the_readme_shows_the_file():
   assert sum(bool(line.strip()) for line in code.splitlines()) <= 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [batches.GREEDY, batches.SAMPLED],
                          ids=["greedy", "sampled"])
 def test_it_changes_the_speed_not_the_text(small, options):

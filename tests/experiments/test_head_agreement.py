@@ -36,6 +36,7 @@ def found(answers):
   return head_agreement.examine(cycles.model(), some, answers, places=8)
 
 
+@pytest.mark.slow
 def test_heads_are_asked_at_every_place(answers, found):
   assert [a["answer"] for a in answers] == [
       cycles.recited(p, 6) for texts in PROMPTS.values() for p in texts]

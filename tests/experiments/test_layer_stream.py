@@ -26,6 +26,7 @@ def runs():
       stages=[3, 8], temperatures=[0.0], new_tokens=12)
 
 
+@pytest.mark.slow
 def test_ticks_are_counted(runs):
   waits, guesses = runs                       # eight stages there cannot be
   assert not waits["guess"] and guesses["guess"]

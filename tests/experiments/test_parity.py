@@ -29,6 +29,7 @@ def as_checkpoint(config):
       weight=lambda path: np.asarray(weight(path, shapes[path], None)))
 
 
+@pytest.mark.slow
 def test_the_same_tokens_and_logits(tiny, quick_compiles):
   config = dataclasses.replace(
       tiny.config, depth=2, ropes=tiny.config.ropes[:2], windows=(None,) * 2)

@@ -56,6 +56,7 @@ def delays(quick_compiles):
            "methods": streams.in_turns(jobs, 1, **QUIET)}]
 
 
+@pytest.mark.slow
 def test_all_write_the_same(races):
   answer, copy = (r["methods"] for r in races)
   wanted = [cycles.recited([prompt[-1]], ROWS) for prompt in PROMPTS]

@@ -30,6 +30,7 @@ def trusted(shift):
   return examine(drafter=drafter, verifier="trusting")
 
 
+@pytest.mark.slow
 def test_a_head_that_knows_costs_nothing(plain):
   found = trusted(0)
   assert [x["answer"] for x in found] == [cycles.recited(p, 7) for p in PROMPTS]

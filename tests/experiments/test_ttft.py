@@ -51,6 +51,7 @@ def records(quick_compiles):
   return found
 
 
+@pytest.mark.slow
 def test_every_time_is_there_and_in_order(records):
   for record in itertools.chain(*records.values()):
     own, plain = record["methods"][NAME], record["methods"][PLAIN]

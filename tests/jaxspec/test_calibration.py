@@ -79,6 +79,7 @@ def texts(rng, count, places=40, honest=1.0):
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part, places", [("first", 1), ("later", 40)])
 def test_promises_are_kept(part, places, monkeypatch):
   """Of 60 runs, no more than may be have a threshold that is too low."""

@@ -100,6 +100,7 @@ def test_positions_are_drawn_by_what_they_count():
   assert distillation.drawn(weight, 100, jax.random.key(0)).sum() == 80
 
 
+@pytest.mark.slow
 def test_the_drawn_spots_are_judged_as_they_would_be_among_all(tiny):
   texts = some_texts(4)
   batch = distillation.batch_of(texts, 16)

@@ -92,22 +92,25 @@ def check(compiled, state_bytes: int) -> None:
   assert share < SHARE
 
 
+def test_some_layers_of_smollm2_on_a_cpu():
+  check(*compile_decode(
+      SMOLLM2(depth=8), "prompt_lookup", rows=2, capacity=2048,
+      dtype=jnp.float32, mesh=sharding.make_mesh()))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter, kind", [
-    # (And in half precision, below.)
-    pytest.param("autoregressive", "contiguous", marks=pytest.mark.slow),
-    ("prompt_lookup", "contiguous"),
-    pytest.param("prompt_lookup", "paged", marks=pytest.mark.slow),
-    pytest.param("prompt_lookup", "window", marks=pytest.mark.slow),
-    pytest.param("adaptive:drafter=[union:nodes=8],sizes=[1;4;8]",
-                 "contiguous", marks=pytest.mark.slow)])
+    ("autoregressive", "contiguous"), ("prompt_lookup", "contiguous"),
+    ("prompt_lookup", "paged"), ("prompt_lookup", "window"),
+    ("adaptive:drafter=[union:nodes=8],sizes=[1;4;8]", "contiguous")])
 def test_smollm2_on_a_cpu(drafter, kind):
   check(*compile_decode(
       SMOLLM2(depth=30), drafter, rows=2, capacity=2048, dtype=jnp.float32,
       mesh=sharding.make_mesh(), kind=kind))
 
 
-@pytest.mark.parametrize("drafter", ["autoregressive", pytest.param(
-    "prompt_lookup", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("drafter", ["autoregressive", "prompt_lookup"])
 def test_smollm2_in_half_precision_on_a_cpu(drafter):
   """No weight is converted: XLA:CPU computes some things in float32 alone."""
   check(*compile_decode(
@@ -145,6 +148,7 @@ def test_layer_stream_on_four_v5e(v5e):
                            ("s32[4,2,2]", "all-gather")]
 
 
+@pytest.mark.slow
 def test_a_copied_cache_would_be_seen(v5e, monkeypatch):
   """The measure works: caches that are copied, layer by layer, fail it."""
   def copied(buffer, values, slots):

@@ -90,6 +90,7 @@ def check_text(small, drafter, options, kind, chunk):
   batches.check_cache(small, state)
 
 
+@pytest.mark.slow
 def test_drafts_are_settled_with_the_prompt():
   """A head that knows has all of its drafts accepted, in no pass at all."""
   model = cycles.model()
@@ -148,6 +149,7 @@ def test_drafts_unfold_one_after_another(small, drafter):
   assert emission.count.tolist() == [0, 0] and last.proposal is not None
 
 
+@pytest.mark.slow
 def test_a_row_that_begins_disturbs_no_other(small, drafter):
   texts = batches.prompts(4)
   wanted = batches.answers(batches.run(

@@ -431,6 +431,7 @@ def test_defaults_are_greedy_and_change_nothing():
       [0], [0]]
 
 
+@pytest.mark.slow
 def test_on_a_mesh():
   """Rows over data and the vocabulary over tensor: the same noise and draws."""
   mesh = sharding.make_mesh({"data": 2, "tensor": 2})

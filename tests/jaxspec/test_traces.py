@@ -28,6 +28,7 @@ def folder(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_stages_of_a_real_run_are_found(folder):
   taken = traces.read(traces.files(folder), profiling.SCOPES)
   decode = [one for one in taken if one.program == "jit_decode"]

@@ -58,6 +58,7 @@ def undisturbed(tmp_path_factory):
   return run(folder), training.read_curve(folder)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_goes_on(undisturbed, tmp_path):
   """At any step: on a checkpoint, before and behind it."""
   class Stop(Exception):

@@ -261,6 +261,7 @@ def tune(folder, on_step=None):
                       on_step=on_step, course=tuning)
 
 
+@pytest.mark.slow
 def test_a_tuned_model_goes_on(tmp_path):
   """What is left out, drawn and whose turn it is go by the step."""
   class Stop(Exception):

@@ -82,6 +82,7 @@ def test_thresholds_reach_the_drafter(tiny_model, model, data, folder,
   assert json.loads(output.read_text())[str(folder)] == report
 
 
+@pytest.mark.slow
 def test_a_head_that_knows_nothing_is_not_shown(tiny_model, model, data,
                                                 folder, tmp_path, capsys):
   heads.save(folder, ExitHead.init(model, layer=1, tokens=[3]), model)

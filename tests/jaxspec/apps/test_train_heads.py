@@ -193,6 +193,7 @@ def test_layerskip_tunes_the_model_too(tiny_model, data, tmp_path, capsys):
       begun.tensors())
 
 
+@pytest.mark.slow
 def test_a_whole_model_is_an_ordinary_checkpoint(tiny_model, data, tmp_path):
   folder = tmp_path / "run"
   assert run(tiny_model, folder, "--recipe=layerskip", "--adapter_rank=0",

@@ -83,6 +83,7 @@ def test_eight_bits_are_nearly_the_model(small, plain, law):
   assert batches.accepted(state) > 0.8 * batches.drafted(state)
 
 
+@pytest.mark.slow
 def test_the_cache_is_a_fresh_prefill_after_every_step(small):
   drafter = make(small, f"draft_model:model=self:layers=0,length={LENGTH}")
   state = batches.begin(small, drafter, PROMPTS, options("sampled"))
@@ -159,6 +160,7 @@ def propose(drafter, model, state):
   return drafter.propose(model, state.seq, state.request, state.draft)
 
 
+@pytest.mark.slow
 def test_an_honest_drafter_tells_its_law(small, plain):
   """Each node's law, in NumPy, of the draft model on the text it saw."""
   drafter = make(small, f"draft_model:model=self:layers=1,length={LENGTH}",

@@ -197,6 +197,7 @@ def test_the_first_token_has_a_threshold_of_its_own():
   assert drafter.shown(fresh, walk).tolist() == [1] * 3
 
 
+@pytest.mark.slow
 def test_drafts_made_in_parts_are_the_same(tiny, stopping):
   """Replayed, a stream is `decode`; each emission is more than the last."""
   prompts, wrong, right = batches.prompts(3), 0, 0
@@ -251,8 +252,8 @@ def test_adaptive_early_exit_is_exact(tiny, options):
   assert batches.accepted(state) > 0
 
 
-@pytest.mark.parametrize("choices", [
-    pytest.param(CHAIN, marks=pytest.mark.slow), BUSHY])
+@pytest.mark.slow
+@pytest.mark.parametrize("choices", [CHAIN, BUSHY])
 def test_cache_of_its_attention_is_that_of_a_fresh_pass(tiny, choices):
   head = ExitHead(tiny, random_source(4), layer=3, mlp=8, attention=True)
   drafter = EarlyExit(head, choices)

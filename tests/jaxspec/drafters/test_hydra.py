@@ -117,9 +117,9 @@ def test_it_is_made_as_medusa_is(small, tmp_path):
     drafters.parse(f"medusa:heads=[{tmp_path}]", drafters.Target(small))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [
-    pytest.param("adaptive:drafter=[hydra:heads=[{}],nodes=8],costs=[1;1;1;1]",
-                 marks=pytest.mark.slow),
+    "adaptive:drafter=[hydra:heads=[{}],nodes=8],costs=[1;1;1;1]",
     "union:drafters=[hydra:heads=[{}],nodes=8;prompt_lookup:length=2],nodes=8"])
 def test_it_joins_others(tmp_path, text):
   """And what it drafts in them is accepted."""

@@ -69,6 +69,7 @@ def test_the_budget_takes_the_likeliest(small, plain):
   assert state.node[0].tolist() == [0, 1, 3, 3, 2, 3, 3]
 
 
+@pytest.mark.slow
 def test_it_accepts_what_its_best_drafter_would(small, plain):
   right, wrong = scripted(plain, 3), scripted(plain, 3, shift=1)
   alone = batches.run(small, right, PROMPTS, LONG, capacity=80)
@@ -78,6 +79,7 @@ def test_it_accepts_what_its_best_drafter_would(small, plain):
   assert batches.accepted(state) == batches.accepted(alone) > 60
 
 
+@pytest.mark.slow
 def test_it_learns_whom_to_believe(small, plain):
   """Too few nodes for all: who is right gets them, in the end."""
   union = Union((scripted(plain, 3, shift=1), scripted(plain, 3)), nodes=4)

@@ -167,6 +167,7 @@ def test_what_is_taught_is_foretold(tmp_path, rank):
   assert curve[-1]["heads"]["out"]["loss"] < curve[0]["heads"]["out"]["loss"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(tmp_path):
   """Killed between checkpoints, then ended by the clock, then whole."""
   class Stop(Exception):

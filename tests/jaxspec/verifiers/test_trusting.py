@@ -62,6 +62,7 @@ def test_live_first_children_stand():
   assert len(lengths) > 3
 
 
+@pytest.mark.slow
 def test_nothing_drafted_is_plain_decoding(small):
   prompts = batches.prompts(3)
   for options in (GREEDY, SAMPLED):
@@ -124,6 +125,7 @@ def test_how_much_is_believed_is_the_drafters(tiny):
   assert same == plain and other != plain
 
 
+@pytest.mark.slow
 def test_it_says_that_it_is_lossy(tiny):
   assert verifiers.parse("trusting") == Trusting()
   assert hash(Trusting()) == hash(Trusting()) and Trusting().lossy
