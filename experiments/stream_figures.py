@@ -93,12 +93,18 @@ def speculation(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def delays(records: Sequence[Record]) -> list[dict[str, Any]]:
-  """From the last word of a question to its answer's first and last."""
+  """From the last word of a question to its answer's first and last.
+
+  Of those that are answered: a model that is taught silence may keep it.
+  """
   some, lines = of(records, "delay"), []
   for name in some[0]["methods"] if some else ():
-    own = [r["methods"][name] for r in some]
+    asked = [r["methods"][name] for r in some]
+    own = [m for m in asked if m["rows"] is not None]
+    if not own:
+      continue
     lines.append({
-        "method": name, "questions": len(own),
+        "method": name, "questions": len(asked), "answered": len(own),
         "quiet": sum(m["quiet"] for m in own),
         "first_rows": middle([m["rows"][0] for m in own]),
         "first_ms": middle([1e3 * m["seconds"][0] for m in own]),
@@ -153,8 +159,9 @@ def table(summary: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
       "speculation": ("streams", "task", "drafter", "rows_per_pass",
                       "pays_from_rows_per_pass", "speed", "ms_per_pass",
                       "texts_that_differ"),
-      "delay": ("method", "first_rows", "first_ms", "last_rows", "last_ms",
-                "answer_tokens", "passes_per_useful_token"),
+      "delay": ("method", "questions", "answered", "first_rows", "first_ms",
+                "last_rows", "last_ms", "answer_tokens",
+                "passes_per_useful_token"),
       "interrupt": ("stride", "row_ms", "rows_waited", "most_rows_waited",
                     "ms", "most_ms", "call_ms", "changed_after",
                     "equal_before", "stop_ms")}.items():

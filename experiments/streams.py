@@ -98,6 +98,9 @@ def define_flags() -> None:
       "default reading, by rows")
   flags.DEFINE_integer("delays", 8, "questions whose delay is measured")
   flags.DEFINE_integer("answer_tokens", 64, "of such an answer at most")
+  flags.DEFINE_float(
+      "silence_penalty", 0.0, "of the stream that answers, in delay and "
+      "interrupt; as for the streams command")
   flags.DEFINE_integer(
       "wait", 8, "words of a question that are there before an answer begins, "
       "where no silence lets the model wait by itself")
@@ -294,10 +297,10 @@ class Talk:
         useful += sum(self.said(row, layout.names[at]) is not None
                       for at in layout.written)
       passes, rows = session.passes, session.count
-    if not read or not wrote:
+    if not read or not wrote and layout.silence is None:
       raise InputError(f"of a question of {len(question)} tokens nothing is "
-                       "read while its answer is written, or nothing is "
-                       "written; make --wait smaller or questions longer")
+                       "read while its answer is written; make --wait smaller "
+                       "or questions longer")
     return delay(read[-1], [w[:2] for w in wrote]) | {
         "passes": passes, "useful": useful, "table_rows": rows,
         "answer": [token for *_, token in wrote]}
@@ -305,7 +308,12 @@ class Talk:
 
 def delay(read: tuple[int, float], wrote: Sequence[tuple[int, float]]
           ) -> dict[str, Any]:
-  """From the last word of a question to the first and last of its answer."""
+  """From the last word of a question to the first and last of its answer.
+
+  None where there is no answer: a model may be silent.
+  """
+  if not wrote:
+    return {"rows": None, "seconds": None}
   return {"rows": [wrote[at][0] - read[0] for at in (0, -1)],
           "seconds": [wrote[at][1] - read[1] for at in (0, -1)]}
 
@@ -463,24 +471,27 @@ def prompts_of(tokenizer: Any, questions: Iterable[str], longest: int,
 
 
 def load_talks(base: Generator, folder: str, layout: str,
-               drafters: Sequence[str], room: int, wait: int
-               ) -> dict[str, Talk]:
+               drafters: Sequence[str], room: int, wait: int,
+               penalty: float = 0.0) -> dict[str, Talk]:
   """The streams of delay and interrupt, with drafters and without.
 
   Args:
-    folder: of what was taught; "" for the model as it is, which is asked as it
-      is in a chat.
+    folder: that train_streams made; "" for the model as it is, which is asked
+      as it is in a chat.
+    penalty: of the silence of the stream that answers, where there is one.
   """
   before, _, behind = chat(base.tokenizer, "")
   model, prefix, first = StreamModel(base.model), before, behind
   if folder:
     from jaxspec.streams import taught
-    model, chosen = taught.load(folder, base.model)
+    model, chosen = taught.load(pathlib.Path(folder) / "streams", base.model)
     prefix, first = [], []
   elif layout:
     chosen = layouts.parse(layout, base.tokenizer)
   else:
     chosen = layouts.reading(positions="rows")
+  if penalty and chosen.silence is not None:
+    chosen = chosen.penalized(chosen.names[chosen.written[0]], str(penalty))
   return {
       f"beside, {text}" if text else "beside": Talk(
           Streams(model, chosen, base.tokenizer, drafter=text, room=room,
@@ -592,6 +603,7 @@ def progress(record: Mapping[str, Any]) -> str:
         for name, m in record["methods"].items())
   return f"question {record['number']}: " + ", ".join(
       f"{name} {m['rows'][0]} rows, {1e3 * m['seconds'][0]:.0f} ms"
+      if m["rows"] else f"{name} silent"
       for name, m in record["methods"].items())
 
 
@@ -614,15 +626,15 @@ def main(argv: list[str]) -> None:
   output = pathlib.Path(FLAGS.output)
   journal = Journal(output.with_name(output.name + ".records"), [
       machine.commit(), FLAGS.model, FLAGS.dtype, FLAGS.taught,
-      digest(FLAGS.taught) if FLAGS.taught else "", FLAGS.layout, FLAGS.wait,
-      FLAGS.answer_tokens, settings])
+      digest(f"{FLAGS.taught}/streams") if FLAGS.taught else "", FLAGS.layout,
+      FLAGS.wait, FLAGS.silence_penalty, FLAGS.answer_tokens, settings])
   records = measure_races(base, journal, prompts, **settings)
   # A table holds a question twice, as silence, its answer, and what frames it.
   room = 2 * FLAGS.prompt_tokens + FLAGS.answer_tokens + 64
   talks = load_talks(
       base, FLAGS.taught, FLAGS.layout,
       [text for text in FLAGS.drafter if text.startswith("lookup")], room,
-      FLAGS.wait)
+      FLAGS.wait, FLAGS.silence_penalty)
   records += measure_delays(base, talks, journal, short[:FLAGS.delays],
                             **settings)
   if FLAGS.interrupts:

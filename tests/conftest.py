@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight CPU devices, no silent broadcasting, and a tiny model for all."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -29,6 +30,7 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
+gc.set_threshold(100_000, 50, 50)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -109,6 +109,20 @@ def test_silence_is_no_word():
   assert early is None or found["useful"] < found["table_rows"] - 1
 
 
+def test_who_says_nothing_is_counted():
+  silent = streams.delay((3, 0.5), []) | {
+      "passes": 4, "useful": 0, "answer": [], "quiet": True}
+  spoke = streams.delay((3, 0.5), [(2, 0.4), (5, 0.9)]) | {
+      "passes": 5, "useful": 2, "answer": [1, 2], "quiet": True}
+  records = [{"section": "delay", "number": n, "methods": {"beside": one}}
+             for n, one in enumerate((silent, spoke))]
+  (line,) = stream_figures.delays(records)
+  assert (line["questions"], line["answered"]) == (2, 1)
+  assert line["first_rows"] == -1 and line["passes"] == 5
+  assert not stream_figures.delays(records[:1])
+  assert streams.progress(records[0]) == "question 0: beside silent"
+
+
 def test_a_layout_must_be_spoken_to():
   with pytest.raises(InputError, match="a stream that is read"):
     talk(cycles.model(), layouts.single())
@@ -138,7 +152,7 @@ def test_the_whole_is_written(races, tmp_path):
       "section": "delay", "methods": {"beside": delay}}])
   text = stream_figures.table(summary)
   assert "| 2 | separate |" in text
-  assert "| beside | -6 | -300.0 | 3 | 100.0 | 6 | 1.50 |" in text
+  assert "| beside | 1 | 1 | -6 | -300.0 | 3 | 100.0 | 6 | 1.50 |" in text
   loss = {"before": {"a": 3.0}, "after": {"a": 2.0}}
   for number, given in enumerate((None, loss)):
     stream_figures.plot(summary, given, tmp_path / f"{number}.png")
