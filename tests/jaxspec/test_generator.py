@@ -238,7 +238,8 @@ EXPERTS = dict(depth=1, experts=4, experts_per_token=2)
     pytest.param({"data": 2}, "window", SIZES, marks=pytest.mark.slow),
     pytest.param({"tensor": 2}, "contiguous", SIZES, marks=pytest.mark.slow),
     ({"data": 2, "tensor": 2}, "paged:page=4", SIZES),
-    ({"expert": 2}, "contiguous", EXPERTS)])
+    pytest.param({"expert": 2}, "contiguous", EXPERTS,
+                 marks=pytest.mark.slow)])
 def test_mesh_and_cache_do_not_matter(plain, mesh, cache, sizes):
   """Same tokens on all of them, and no second compile for a new layout."""
   def make(mesh=None, **settings):

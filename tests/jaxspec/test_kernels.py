@@ -131,7 +131,8 @@ def chips(tpu_compiler):
 
 
 @pytest.mark.parametrize("sizes, drafter", [
-    ({}, "exit"), ({"data": 2, "tensor": 2}, "prompt_lookup"),
+    ({"data": 2, "tensor": 2}, "prompt_lookup"),
+    pytest.param({}, "exit", marks=slow),
     pytest.param({}, "prompt_lookup", marks=slow)])
 def test_a_program_for_a_tpu_calls_the_kernels(chips, sizes, drafter):
   mesh = sharding.make_mesh(sizes, chips)

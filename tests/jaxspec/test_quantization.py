@@ -35,7 +35,9 @@ def logits(model):
   return np.asarray(model.unembed(prefix.last[:, None]))[:, 0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [
+    pytest.param(kind, marks=pytest.mark.slow if kind == "untied" else ())
+    for kind in KINDS])
 def test_logits_are_near(kind):
   model = Transformer(tiny_config(depth=2, **KINDS[kind]), random_source(0))
   small = quantize(model)

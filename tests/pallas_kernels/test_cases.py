@@ -18,11 +18,13 @@ CASES = [pytest.param(case, id=f"{case.op}: {case.name}")
 def by_day(case, topology):
   """Whether it is compiled in the quick tests: a second of CPU each.
 
-  The odd sizes of SmolLM2 for one chip, an eighth of the others for another.
+  The odd sizes of SmolLM2 for one chip and a GPU, an eighth of the others for
+  another chip and a GPU. (What is written down is asked for all.)
   """
   if case.name.startswith("smollm2"):
-    return topology == "v5e"
-  return topology == "tpu7x" and zlib.crc32(case.name.encode()) % 8 == 0
+    return topology in ("v5e", "h100")
+  return topology in ("tpu7x", "h100") and zlib.crc32(
+      case.name.encode()) % 8 == 0
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,10 @@ def test_the_tpu_compiler_takes_it(case, topology, device):
   assert outcome.status == "compiles", outcome.reason
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [
+    pytest.param(case, id=f"{case.op}: {case.name}",
+                 marks=() if by_day(case, "h100") else pytest.mark.slow)
+    for case in collect()])
 def test_a_gpu_takes_it_or_says_why_not(case):
   outcome = compiling.lower_gpu(case)
   assert outcome.status in ("lowers", "refuses"), outcome.reason

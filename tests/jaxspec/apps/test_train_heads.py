@@ -68,9 +68,10 @@ def test_what_it_writes_can_be_loaded(whole, tiny_model):
 
 
 @pytest.mark.parametrize("drafter", [
-    "early_exit:heads=[{}/exit_2],length=2",
     "medusa:heads=[{}/medusa],nodes=8",
     # (`drafters/test_contract.py` drafts with folders of every kind.)
+    pytest.param("early_exit:heads=[{}/exit_2],length=2",
+                 marks=pytest.mark.slow),
     pytest.param("hydra:heads=[{}/hydra],nodes=8", marks=pytest.mark.slow),
     pytest.param("eagle:heads=[{}/eagle],tree=chain,depth=2",
                  marks=pytest.mark.slow)])

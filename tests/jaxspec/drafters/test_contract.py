@@ -58,8 +58,8 @@ DRAWN = ("prompt_lookup",)
 # varying width. The others draft such passes too, and in slow runs.
 ALONE = ("prompt_lookup", "early_exit")
 CACHED = {
-    "paged": ("prompt_lookup", "early_exit"),
-    "window": ("autoregressive", "draft_model")}
+    "paged": ("prompt_lookup", "draft_model"),
+    "window": ("autoregressive",)}
 
 
 def options(law: str, rows: int = 4):

@@ -240,8 +240,8 @@ def test_a_stream_compiles_once(tiny, stopping):
   assert compiles.count == 0
 
 
-@pytest.mark.parametrize("options", [
-    GREEDY, pytest.param(SAMPLED, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED])
 def test_adaptive_early_exit_is_exact(tiny, options):
   head = ExitHead.init(tiny, layer=3, attention=True)
   prompts = batches.prompts(4)
@@ -330,10 +330,10 @@ def test_drafts_are_samples_with_the_models_noise(tiny, tokens):
     assert set(np.asarray(proposal.tokens)[:, 1:].ravel()) <= set(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens, options, measure", [
-    pytest.param(
-        None, [GREEDY, Options(temperature=0.8), Options(temperature=2.0)],
-        "margin", marks=pytest.mark.slow),
+    (None, [GREEDY, Options(temperature=0.8), Options(temperature=2.0)],
+     "margin"),
     (range(0, 64, 3), [GREEDY, Options(temperature=0.8), SAMPLED],
      "entropy")])
 def test_a_kernel_drafts_the_same(tiny, tokens, options, measure):

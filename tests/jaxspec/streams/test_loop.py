@@ -126,7 +126,8 @@ def test_what_counts_for_itself_is_not_forgotten_with_the_others(small):
 
 
 @pytest.mark.parametrize("name, options", [
-    ("reading", SAMPLED), ("table", GREEDY),
+    ("reading", SAMPLED),
+    pytest.param("table", GREEDY, marks=pytest.mark.slow),
     pytest.param("reading", GREEDY, marks=pytest.mark.slow),
     pytest.param("table", SAMPLED, marks=pytest.mark.slow)],
                          ids=["reading-sampled", "table-greedy",

@@ -149,7 +149,8 @@ def run(folder, steps=12, rank=4, until=lambda: False, on_step=None):
       course=teaching, until=until, on_step=on_step)
 
 
-@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize("rank", [
+    pytest.param(4, marks=pytest.mark.slow), 0])
 def test_what_is_taught_is_foretold(tmp_path, rank):
   model, taught = run(tmp_path, steps=60 if rank else 30, rank=rank)
   own, tables = recipe(TALK), echoes()

@@ -40,7 +40,8 @@ def scene():
   return Proposal(jnp.asarray(tokens), tree), laws
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@pytest.mark.parametrize("implementation", [
+    "xla", pytest.param("tpu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mesh", [
     pytest.param({}, marks=pytest.mark.slow), {"data": 2, "tensor": 2}],
                          ids=str)
