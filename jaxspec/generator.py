@@ -37,6 +37,7 @@ from jaxspec import (
 )
 from jaxspec.answers import Answer, Completion, TextEvent
 from jaxspec.base import DecodeState, Drafter, Emission, Verifier
+from jaxspec.caches.contiguous import ContiguousCache
 from jaxspec.drift import DriftMonitor
 from jaxspec.errors import InputError, nearest
 from jaxspec.first_tokens import FirstTokens
@@ -171,6 +172,8 @@ class Generator:
       raise InputError(f"capacity must be in [{least}, {context}] (the model's "
                        f"context), got {self.capacity}")
     kind, options = caches.parse(cache)
+    if kind is ContiguousCache:
+      sharding.check(self.mesh, slots=self.capacity)
     new_cache = functools.partial(
         self.model.init_cache, kind, rows, self.capacity, self.cache_dtype,
         **options)

@@ -89,8 +89,12 @@ def tree_attention(query: Any, key: Any, value: Any, fresh_key: Any,
                    fresh_value: Any, *, slot_positions: Any, positions: Any,
                    fresh_positions: Any, seen: Any, table: Any = None,
                    slot_streams: Any = None, readable: Any = None,
-                   **settings: Any) -> Any:
-  """`pallas_kernels.tree_attention`, each shard for its rows and heads."""
+                   split: bool = False, **settings: Any) -> Any:
+  """`pallas_kernels.tree_attention`, each shard for its rows and heads.
+
+  Args:
+    split: whether slots are split too, where the mesh has an axis for them.
+  """
   arrays = dict(slot_positions=slot_positions, positions=positions,
                 fresh_positions=fresh_positions, seen=seen)
   if table is not None:
@@ -104,16 +108,23 @@ def tree_attention(query: Any, key: Any, value: Any, fresh_key: Any,
 
   args = (query, key, value, fresh_key, fresh_value, arrays)
   mesh = sharding.current()
-  if mesh is None or not wanted():
+  if mesh is None:
     return attend(*args)
   # Heads are split as the cache's are, or not at all.
-  rows, groups = sharding.spec(("rows", "kv_heads"), (
-      query.shape[0], key.shape[1]), mesh)
+  rows, groups, slots = sharding.spec(
+      ("rows", "kv_heads", "slots" if split else None),
+      (query.shape[0], *key.shape[1:3]), mesh)
+  if slots:
+    settings["across"] = slots
+  elif not wanted():
+    return attend(*args)
   tokens = P(rows, None, groups, None)
   # Pages belong to no row.
-  cache = P(rows if table is None else None, groups, None, None)
+  cache = P(rows if table is None else None, groups, slots, None)
   of_rows = {name: P(rows, *[None] * (x.ndim - 1))
              for name, x in arrays.items()}
+  for name in {"slot_positions", "slot_streams"} & set(arrays):
+    of_rows[name] = P(rows, slots)
   if seen.ndim == 2:             # one mask for all
     of_rows["seen"] = P(None, None)
   if readable is not None:       # and these are the same for all

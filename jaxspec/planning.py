@@ -36,6 +36,7 @@ from jaxspec import (
   verifiers,
 )
 from jaxspec.base import DecodeState
+from jaxspec.caches.contiguous import ContiguousCache
 from jaxspec.errors import InputError, nearest
 from jaxspec.generator import BIASES, CHUNK, STOPS, buckets
 from jaxspec.kernels import choose, on
@@ -257,6 +258,8 @@ class Blueprint:
                        "or data")
     sharding.check(mesh, kv_heads=config.kv_heads, mlp=config.mlp,
                    **({"experts": config.experts} if config.experts else {}))
+    if caches.parse(setup.cache)[0] is ContiguousCache:
+      sharding.check(mesh, slots=setup.capacity)
     self.cache_dtype = caches.stored_in(mesh, setup.wide, setup.cache_dtype)
     self.verifier = verifiers.parse(setup.verifier)
     self._target = choose(setup.kernels, mesh)
@@ -884,22 +887,27 @@ def meshes(config: Config, count: int, rows: int
            ) -> list[tuple[tuple[str, int], ...]]:
   """All ways to spread a model over so many devices, each with a share.
 
-  Most are spread over heads and experts first, for that takes least memory.
+  Most are spread over heads and experts first, for that takes least memory;
+  where there are not enough heads, over slots last, for few rows.
   """
   found = []
-  for tensor in range(count, 0, -1):
-    if count % tensor or config.kv_heads % tensor or config.mlp % tensor:
-      continue
-    rest = count // tensor
-    for expert in range(rest, 0, -1):
-      if rest % expert or (expert > 1 and (
-          not config.experts or config.experts % expert)):
+  heads = [n for n in range(count, 0, -1)
+           if not (count % n or config.kv_heads % n or config.mlp % n)]
+  for sequence in range(1, count + 1):
+    for tensor in heads if sequence == 1 else heads[:1]:
+      if count % (tensor * sequence) or config.mlp % (tensor * sequence):
         continue
-      data = rest // expert
-      if rows % data == 0:
-        sizes = (("data", data), ("expert", expert), ("tensor", tensor))
-        found.append(tuple((a, n) for a, n in sizes if n > 1)
-                     or (("tensor", 1),))
+      rest = count // (tensor * sequence)
+      for expert in range(rest, 0, -1):
+        if rest % expert or (expert > 1 and (
+            not config.experts or config.experts % expert)):
+          continue
+        data = rest // expert
+        if rows % data == 0:
+          sizes = (("data", data), ("expert", expert), ("tensor", tensor),
+                   ("sequence", sequence))
+          found.append(tuple((a, n) for a, n in sizes if n > 1)
+                       or (("tensor", 1),))
   return found
 
 
@@ -931,11 +939,14 @@ def estimate(setup: Setup) -> float:
     weights += _bytes_on_a_device(leaf)
   rows = setup.rows // sizes.get("data", 1)
   heads = config.kv_heads // sizes.get("tensor", 1)
+  split = (sizes.get("sequence", 1)
+           if setup.cache.startswith("contiguous") else 1)
   slots = sum(min(window or setup.capacity, setup.capacity)
               if setup.cache.startswith("window") else setup.capacity
               for window in config.windows)
   width = jnp.dtype(setup.cache_dtype or setup.wide).itemsize
-  return weights + 2.0 * rows * heads * config.head_size * slots * width
+  return (weights
+          + 2.0 * rows * heads * config.head_size * slots // split * width)
 
 
 def changes(setup: Setup) -> list[tuple[str, Setup]]:

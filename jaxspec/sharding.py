@@ -2,10 +2,12 @@
 """Logical axis names to mesh axes.
 
 Weights, caches, fresh buffers and activations name their dimensions by what
-they hold; `RULES` says which mesh axis each name is split over. A name whose
-mesh axis is absent is replicated, so that the same model runs on one device
+they hold; `RULES` says which mesh axes each name is split over. A name whose
+mesh axes are absent is replicated, so that the same model runs on one device
 and on a pod slice. Caches and fresh keys share `kv_heads` with the queries, so
-attention never communicates.
+attention communicates only where the slots of a row are split too, over
+`sequence`: then the parts of each softmax are merged. Devices along `sequence`
+share the MLP and the vocabulary as well, which split further than heads.
 """
 
 import math
@@ -18,15 +20,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxspec.errors import InputError, nearest
 
-RULES: dict[str, str] = {
-    "rows": "data",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "experts": "expert",
-    "stages": "stage",
+# A name is split over the first of these, and over the next as well where they
+# divide it.
+RULES: dict[str, tuple[str, ...]] = {
+    "rows": ("data",),
+    "kv_heads": ("tensor",),
+    "slots": ("sequence",),
+    "mlp": ("tensor", "sequence"),
+    "vocab": ("tensor", "sequence"),
+    "experts": ("expert",),
+    "stages": ("stage",),
 }
-MESH_AXES = ("data", "expert", "tensor", "stage")
+MESH_AXES = ("data", "expert", "tensor", "sequence", "stage")
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> Mesh:
@@ -71,12 +76,18 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...],
   A dimension that its mesh axis does not divide is replicated: a vocabulary
   or a batch of one. What must divide is refused earlier, by `check`.
   """
-  sizes = dict(mesh.shape)
-  names = [RULES.get(axis) if axis else None for axis in axes]
+  def over(axis: str | None, size: int) -> str | tuple[str, ...] | None:
+    names: list[str] = []
+    for name in RULES.get(axis or "", ()):
+      split = mesh.shape.get(name, 1)
+      if size % split:
+        break
+      size //= split
+      names += [name] * (split > 1)
+    return tuple(names) if len(names) > 1 else names[0] if names else None
+
   return PartitionSpec(*(
-      name if name and sizes.get(name, 1) > 1 and size % sizes[name] == 0
-      else None
-      for name, size in zip(names, shape, strict=True)))
+      over(axis, size) for axis, size in zip(axes, shape, strict=True)))
 
 
 def place(array: Any, axes: tuple[str | None, ...], mesh: Mesh) -> jax.Array:
@@ -128,7 +139,7 @@ def check(mesh: Mesh, **sizes: int) -> None:
     InputError: names the axis and the sizes that would do.
   """
   for axis, size in sizes.items():
-    name = RULES[axis]
+    name = RULES[axis][0]
     split = mesh.shape.get(name, 1)
     if size % split:
       fits = [n for n in range(1, min(size, 256) + 1) if size % n == 0]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plain cache: slot s of a row holds position s."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxspec.caches.fresh import Fresh, Place
 from jaxspec.kernels import tree_attention
 from pallas_kernels import commit_kv
 
-AXES = ("rows", "kv_heads", None, None)
+AXES = ("rows", "kv_heads", "slots", None)
 
 
 @struct.dataclass
@@ -49,7 +50,7 @@ class ContiguousCache:
         query, self.k[layer], self.v[layer], fresh.k[layer], fresh.v[layer],
         slot_positions=held,
         positions=at.tokens, fresh_positions=at.positions, seen=at.seen,
-        **options)
+        split=True, **options)
 
   def commit(self, fresh: Fresh, path: Int[Array, "B P"],
              kept: Int[Array, "B"]) -> "ContiguousCache":
@@ -86,20 +87,27 @@ def zeros(shape: tuple[int, ...], dtype: Any,
 def write_path(k: tuple[Float[Array, "..."], ...],
                v: tuple[Float[Array, "..."], ...], fresh: Fresh,
                path: Int[Array, "B P"], slots: Int[Array, "B P"], *,
-               paged: bool = False
+               axes: tuple[str | None, ...] = AXES, paged: bool = False
                ) -> tuple[tuple[Float[Array, "..."], ...],
                           tuple[Float[Array, "..."], ...]]:
   """Writes the path into layers that are alike, see `commit_kv`.
 
-  Each shard writes the rows and heads it holds. Any page may hold any row, so
-  that of a pool each holds all.
+  Each shard writes the rows, heads and slots it holds. Any page may hold any
+  row, so that of a pool each holds all.
+
+  Args:
+    axes: the names of the buffers' dimensions, see `jaxspec.sharding`.
   """
   if not k:
     return k, v
-  rows = None if paged else "rows"
-  axes = (rows, "kv_heads", None, None)
+  rows, mesh = axes[0], sharding.current()
+  split = None if mesh is None else sharding.spec(axes, k[0].shape, mesh)[2]
 
   def write(buffers, fresh, path, slots):
+    if split:
+      held = buffers[0].shape[2]
+      slots = slots - lax.axis_index(split) * held
+      slots = jnp.where(slots < 0, held, slots)
     return commit_kv(buffers, fresh, path, slots, paged=paged)[0]
 
   out = by_shard(write, (*k, *v), ((*fresh.k, *fresh.v), path, slots), axes,
@@ -123,9 +131,10 @@ def _begin_rows(buffer: Float[Array, "B G S K"], rows: Int[Array, "R"],
                                           new[:, :, :slots], 0))
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="axes")
 def set_rows(buffer: Float[Array, "B G S K"], rows: Int[Array, "R"],
-             new: Float[Array, "R G S K"]) -> Float[Array, "B G S K"]:
+             new: Float[Array, "R G S K"], *,
+             axes: tuple[str | None, ...] = AXES) -> Float[Array, "B G S K"]:
   """`buffer[rows] = new`, in place; rows beyond the buffer are dropped."""
   split = _row_axis(buffer)
 
@@ -141,8 +150,8 @@ def set_rows(buffer: Float[Array, "B G S K"], rows: Int[Array, "R"],
           lambda b: b, buffer)
     return buffer.at[rows].set(new, mode="drop")
 
-  return by_shard(write, buffer, (rows, new.astype(buffer.dtype)), AXES,
-                  ((None,), (None, *AXES[1:])))
+  return by_shard(write, buffer, (rows, new.astype(buffer.dtype)), axes,
+                  ((None,), (None, *axes[1:])))
 
 
 def by_shard(write: Callable[..., Any], buffers: Any, args: tuple[Any, ...],

@@ -208,7 +208,8 @@ class PagedCache:
                        jnp.take_along_axis(table, entry, axis=1),
                        len(pages.users))
     k, v = write_path(self.k, self.v, fresh, path,
-                      target * self.page + position % self.page, paged=True)
+                      target * self.page + position % self.page, axes=AXES,
+                      paged=True)
     starved = self.starved | ~granted
     return self.replace(
         k=k, v=v, length=self.length + kept, table=table, starved=starved,

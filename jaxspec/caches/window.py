@@ -16,7 +16,6 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspec.caches.contiguous import (
-    AXES,
     ContiguousCache,
     set_rows,
     wipe_rows,
@@ -25,6 +24,9 @@ from jaxspec.caches.contiguous import (
 )
 from jaxspec.caches.fresh import Fresh, Place
 from jaxspec.kernels import tree_attention
+
+# A ring is small: every device holds the slots of all positions.
+AXES = ("rows", "kv_heads", None, None)
 
 
 @struct.dataclass
@@ -69,7 +71,7 @@ class WindowCache:
       written = (nth < kept[:, None]) & (nth >= kept[:, None] - ring)
       slots = jnp.where(written, (self.length[:, None] + nth) % ring, ring)
       new = write_path(some(k), some(v), Fresh(some(fresh.k), some(fresh.v)),
-                       path, slots)
+                       path, slots, axes=AXES)
       for n, new_k, new_v in zip(layers, *new):
         k[n], v[n] = new_k, new_v
     return WindowCache(tuple(k), tuple(v), self.length + kept)
@@ -81,7 +83,7 @@ class WindowCache:
       at = held(prefix.length, buffer.shape[2])[:, None, :, None]
       new = jnp.take_along_axis(
           new, jnp.clip(at, 0, prefix.capacity - 1), axis=2)
-      return set_rows(buffer, rows, jnp.where(at >= 0, new, 0))
+      return set_rows(buffer, rows, jnp.where(at >= 0, new, 0), axes=AXES)
     return WindowCache(
         tuple(map(put, self.k, prefix.k)), tuple(map(put, self.v, prefix.v)),
         self.length.at[rows].set(prefix.length, mode="drop"))

@@ -51,7 +51,8 @@ def mixture(x: Float[Array, "B T D"], router: Float[Array, "E D"],
     # Every shard routes its rows; XLA would gather them to find the top k.
     first = lax.axis_index(owner) * len(gate_up) if owner else 0
     y = mix(x, router, gate_up, down, first)
-    split = tuple(axis for axis in (owner, slice_axis) if axis)
+    split = tuple(axis for axes in (owner, slice_axis) if axes
+                  for axis in ((axes,) if isinstance(axes, str) else axes))
     return lax.psum(y, split) if split else y
 
   # Nothing inside says which values differ between shards: no check_vma.

@@ -114,7 +114,8 @@ class StreamCache:
         slot_positions=places, positions=at.tokens,
         fresh_positions=at.positions, seen=at.seen,
         table=getattr(inner, "table", None), slot_streams=streams,
-        readable=at.readable, **options)
+        readable=at.readable, split=isinstance(inner, ContiguousCache),
+        **options)
 
   def commit(self, fresh: Fresh, path: Int[Array, "B P"],
              kept: Int[Array, "B"]) -> "StreamCache":

@@ -21,6 +21,8 @@ Committed = (Float[Array, "B G S K"] | Float[Array, "X G page K"]
 Scales = Float[Array, "B G S"] | Float[Array, "X G page"]
 # Those that tell streams apart; the others say that they do not.
 _STREAMED = ("tpu", "xla")
+# Those that merge what several devices found.
+_MERGED = ("xla",)
 
 
 def tree_attention(
@@ -42,6 +44,7 @@ def tree_attention(
     logits_soft_cap: float | None = None,
     slot_streams: Int[Array, "B S"] | None = None,
     readable: UInt32[Array, "T"] | None = None,
+    across: str | tuple[str, ...] | None = None,
     implementation: Implementation = None,
 ) -> Float[Array, "B T H K"]:
   """Grouped-query attention of T tokens to S committed slots and N fresh ones.
@@ -67,6 +70,9 @@ def tree_attention(
       several side by side; None for one.
     readable: with `slot_streams`, the streams each token may read, one bit
       each. Of those it sees the slots whose position comes before its own.
+    across: the mesh axis, within a `shard_map`, over which slots are split:
+      `key`, `value`, `slot_positions` and `slot_streams` are this device's,
+      all others are the same on all, and so is what is returned.
 
   Returns:
     The attended values, in the dtype of `query`. Scores and softmax are in
@@ -79,11 +85,15 @@ def tree_attention(
   if (key_scale is None) != (value_scale is None):
     raise ValueError("tree_attention: key_scale and value_scale go together, "
                      "got one of them")
-  implementations, streams = _IMPLEMENTATIONS, {}
+  implementations, more = dict(_IMPLEMENTATIONS), {}
   if slot_streams is not None:
-    streams = dict(slot_streams=slot_streams, readable=readable)
+    more |= dict(slot_streams=slot_streams, readable=readable)
     implementations = {name: call if name in _STREAMED else _one_stream
                        for name, call in _IMPLEMENTATIONS.items()}
+  if across is not None:
+    more["across"] = across
+    implementations = {name: call if name in _MERGED else _whole
+                       for name, call in implementations.items()}
   return dispatch(
       "tree_attention", implementations, implementation,
       query, key, value, fresh_key, fresh_value,
@@ -91,8 +101,13 @@ def tree_attention(
       fresh_positions=fresh_positions, seen=seen, scale=scale,
       key_scale=key_scale, value_scale=value_scale, table=table,
       window=window, logits_soft_cap=logits_soft_cap,
-      **streams)
+      **more)
 
 
 def _one_stream(*unused: object, **also_unused: object):
   raise NotImplementedError("it takes a prefix of one stream")
+
+
+def _whole(*unused: object, **also_unused: object):
+  raise NotImplementedError("it takes all slots of a row, and these are split "
+                            "over devices; use 'xla'")

@@ -15,11 +15,13 @@ BLOCK = 128
 
 # Traced once for all layers that look alike.
 @functools.partial(jax.jit,
-                   static_argnames=("scale", "window", "logits_soft_cap"))
+                   static_argnames=("scale", "window", "logits_soft_cap",
+                                    "across"))
 def tree_attention(query, key, value, fresh_key, fresh_value, *,
                    slot_positions, positions, fresh_positions, seen, scale,
                    table, window, logits_soft_cap, key_scale=None,
-                   value_scale=None, slot_streams=None, readable=None):
+                   value_scale=None, slot_streams=None, readable=None,
+                   across=None):
   """See `pallas_kernels.attention.op.tree_attention`.
 
   A CPU reads the prefix block by block and stops where no row holds more:
@@ -117,6 +119,10 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
            jnp.zeros(q.shape, jnp.float32))
   state = add(state, ("bgrtk,bngk->bgrtn", "bgrtn,bngk->bgrtk"), fresh_key,
               fresh_value, fresh)
+  if across is not None:       # what is fresh is on all devices: one counts it
+    top, *found = state
+    state = (top, *(jnp.where(lax.axis_index(across) == 0, x, 0)
+                    for x in found))
   pages = 1 if table is None else min(max(1, BLOCK // key.shape[2]),
                                       table.shape[1])
   scales = None if key_scale is None else (key_scale, value_scale)
@@ -126,7 +132,10 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
                                    default=whole)
   elif slots:
     state = prefix(state, key, value, slot_positions, scales, slot_streams)
-  _, total, out = state
+  top, total, out = state
+  if across is not None:
+    shrink = jnp.exp(top - lax.pmax(top, across))
+    total, out = lax.psum((total * shrink, out * shrink), across)
   return jnp.moveaxis(out / total, 3, 1).reshape(query.shape).astype(
       query.dtype)
 

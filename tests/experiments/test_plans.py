@@ -60,3 +60,6 @@ def test_the_public_figure_is_explained():
   assert said["if_each_chip_read_a_sixteenth"] == pytest.approx(187, rel=0.02)
   assert said["published_to_that"] == pytest.approx(0.85, abs=0.02)
   assert said["of_the_step"] == dict(memory=0.75, interconnect=0.25)
+  # A sixth of the weights, those of attention, are read by twice as many.
+  assert said["weights_each_chip_reads_bytes"] == pytest.approx(
+      said["weights_read_bytes"] / 16 * (1 + 1 / 6), rel=0.02)

@@ -71,6 +71,29 @@ def test_a_tensor_parallel_layer_sums_twice(topology, data):
       read, rel=0.02)
 
 
+def test_slots_that_are_split_merge_what_they_saw():
+  """Of each softmax its largest score, its sum and its values; no key."""
+  found = plan("llama3-70b", "v6e:2x4", tensor=4, sequence=2)
+  stream, heads = ROWS * 8192 * 2, ROWS * 64 // 4
+  score = exchanged(found, "score")
+  assert {(*c[:3], c[4]) for c in score} == {
+      ("all-reduce", 4 * heads, 2, "pmax"),
+      ("all-reduce", 4 * heads * (1 + 128), 2, "psum"),
+      ("all-reduce", 2 * stream, 4, "dot_general"),     # attention
+      ("all-reduce", 2 * stream, 8, "psum"),            # the MLP's kernel
+      ("all-reduce", stream, 8, "gather")}              # the embedding
+  assert sum(c[3] for c in score) == 5
+  for scope in ("propose", "commit", "observe"):
+    assert not exchanged(found, scope)
+  # A fourth of what attention weighs, an eighth of the others.
+  read = (2 * 8192 * (10240 + 8192) / 4
+          + 2 * 8192 * (3 * 28672 + 1024) / 8 + found.cache)
+  assert found.programs["decode"].costs["score"].bytes == pytest.approx(
+      read, rel=0.02)
+  whole = ROWS * 8 * 2048 * 128 * 2 * 2
+  assert found.cache == pytest.approx(whole / 8, rel=0.01)
+
+
 def test_experts_that_are_spread_sum_once():
   """Behind attention over tensor shards; behind experts over all."""
   found = plan("qwen3-30b-a3b", "v6e:2x4", expert=2, tensor=4)

@@ -238,6 +238,7 @@ EXPERTS = dict(depth=1, experts=4, experts_per_token=2)
     pytest.param({"data": 2}, "window", SIZES, marks=pytest.mark.slow),
     pytest.param({"tensor": 2}, "contiguous", SIZES, marks=pytest.mark.slow),
     ({"data": 2, "tensor": 2}, "paged:page=4", SIZES),
+    ({"data": 2, "tensor": 2, "sequence": 2}, "contiguous", SIZES),
     pytest.param({"expert": 2}, "contiguous", EXPERTS,
                  marks=pytest.mark.slow)])
 def test_mesh_and_cache_do_not_matter(plain, mesh, cache, sizes):

@@ -214,6 +214,27 @@ def test_meshes_spread_all_devices():
   experts = planning.meshes(architectures.sizes("qwen3-30b-a3b"), 8, 1)
   assert (("expert", 2), ("tensor", 4)) in experts
   assert planning.meshes(config, 3, 8) == []
+  # Where there are not enough heads, over slots: last, with all heads.
+  assert found[-1] == (("tensor", 8), ("sequence", 2))
+  assert planning.meshes(config, 16, 1) == [(("tensor", 8), ("sequence", 2))]
+
+
+def test_slots_are_split_and_with_them_the_mlp():
+  config = tiny_config(mlp=64, vocab=64)
+  wide, split = (dataclasses.replace(
+      setup(config), topology=f"cpu:{count}", mesh=mesh) for count, mesh in (
+          (2, (("tensor", 2),)), (4, (("tensor", 2), ("sequence", 2)))))
+  plans = [planning.make(one, ["decode"]) for one in (wide, split)]
+  for plan in plans:
+    assert plan.weights + plan.cache == pytest.approx(
+        planning.estimate(plan.setup), rel=0.01)
+  assert plans[1].cache < 0.6 * plans[0].cache
+  saved = plans[0].weights - plans[1].weights
+  assert saved == 4 * (config.depth * 3 * 64 + 64) * config.width / 4
+  with pytest.raises(InputError, match="slots are not divisible by mesh axis "
+                     "sequence=3"):
+    planning.make(dataclasses.replace(
+        setup(config), topology="cpu:3", mesh=(("sequence", 3),)), ["decode"])
 
 
 def test_an_estimate_is_weights_and_cache():

@@ -13,15 +13,15 @@ from jaxspec import sharding
 from jaxspec.errors import InputError
 from jaxspec.sharding import MESH_AXES, RULES, check, make_mesh, place, spec
 
-CACHE = ("rows", "kv_heads", None, None)
+CACHE = ("rows", "kv_heads", "slots", None)
 
 
 @pytest.mark.parametrize("sizes, message", [
     ({"tensr": 2}, "mesh axis 'tensr' is unknown; axes are data, expert, "
-     "tensor, stage. Did you mean 'tensor'?"),
+     "tensor, sequence, stage. Did you mean 'tensor'?"),
     ({"pipeline": 2},
      "mesh axis 'pipeline' is unknown; axes are data, expert, tensor, "
-     "stage."),
+     "sequence, stage."),
     ({"data": 0}, "mesh axis data must be at least 1, got 0"),
     ({"tensor": -2}, "mesh axis tensor must be at least 1, got -2"),
     ({"data": 3, "tensor": 3}, "mesh {'data': 3, 'tensor': 3} needs 9 "
@@ -32,9 +32,11 @@ def test_meshes_that_are_refused(sizes, message):
 
 
 @pytest.mark.parametrize("sizes, shape", [
-    (None, (1, 1, 1, 1)), ({}, (1, 1, 1, 1)), ({"tensor": 4}, (1, 1, 4, 1)),
-    ({"tensor": 2, "data": 4}, (4, 1, 2, 1)), ({"stage": 4}, (1, 1, 1, 4)),
-    ({"data": 2, "expert": 2, "tensor": 2}, (2, 2, 2, 1))])
+    (None, (1, 1, 1, 1, 1)), ({}, (1, 1, 1, 1, 1)),
+    ({"tensor": 4}, (1, 1, 4, 1, 1)), ({"stage": 4}, (1, 1, 1, 1, 4)),
+    ({"tensor": 2, "data": 4}, (4, 1, 2, 1, 1)),
+    ({"tensor": 2, "sequence": 4}, (1, 1, 2, 4, 1)),
+    ({"data": 2, "expert": 2, "tensor": 2}, (2, 2, 2, 1, 1))])
 def test_meshes(sizes, shape):
   mesh = make_mesh(sizes)
   assert mesh.axis_names == MESH_AXES
@@ -65,6 +67,10 @@ def test_what_a_mesh_divides():
   check(make_mesh({"tensor": 3, "expert": 2}), kv_heads=9, mlp=6, experts=4,
         rows=1)
   check(make_mesh(), kv_heads=1, mlp=7)
+  check(make_mesh({"tensor": 2, "sequence": 4}), mlp=6, slots=12)
+  with pytest.raises(InputError, match="10 slots are not divisible by mesh "
+                     "axis sequence=4; use 1, 2, 5, 10$"):
+    check(make_mesh({"sequence": 4}), slots=10)
 
 
 def test_only_sizes_worth_trying_are_named():
@@ -73,7 +79,7 @@ def test_only_sizes_worth_trying_are_named():
 
 
 def test_every_rule_names_a_mesh_axis():
-  assert set(RULES.values()) == set(MESH_AXES)
+  assert {axis for axes in RULES.values() for axis in axes} == set(MESH_AXES)
 
 
 @pytest.mark.parametrize("sizes, axes, shape, wanted", [
@@ -88,6 +94,14 @@ def test_every_rule_names_a_mesh_axis():
     ({"data": 2, "tensor": 4}, ("vocab", None), (30, 8), (None, None)),
     ({"expert": 2}, ("experts", None, "mlp"), (4, 2, 8),
      ("expert", None, None)),
+    # Over two axes, or the first of them that divides it.
+    ({"tensor": 2, "sequence": 4}, CACHE, (4, 8, 16, 2),
+     (None, "tensor", "sequence", None)),
+    ({"tensor": 2, "sequence": 4}, ("mlp", None), (16, 3),
+     (("tensor", "sequence"), None)),
+    ({"tensor": 2, "sequence": 4}, ("mlp", None), (12, 3), ("tensor", None)),
+    ({"tensor": 2, "sequence": 4}, ("mlp", None), (9, 3), (None, None)),
+    ({"sequence": 4}, ("mlp", "kv_heads"), (12, 4), ("sequence", None)),
     # A name without a rule is a dimension that is never split.
     ({"data": 2}, ("rows", "width"), (2, 2), ("data", None)),
     ({"data": 2}, (), (), ())])
@@ -107,7 +121,7 @@ def test_place():
   np.testing.assert_array_equal(placed, array)
   assert len(placed.sharding.device_set) == 8
   for shard in placed.addressable_shards:
-    data, _, tensor, _ = np.argwhere(mesh.devices == shard.device)[0]
+    data, _, tensor, *_ = np.argwhere(mesh.devices == shard.device)[0]
     np.testing.assert_array_equal(
         shard.data,
         array[2 * data:2 * data + 2, 2 * tensor:2 * tensor + 2])

@@ -253,14 +253,16 @@ def test_on_a_mesh(kind):
   rng = np.random.default_rng(2)
   record = Record()
   path = jnp.broadcast_to(jnp.arange(4)[None], (ROWS, 4))
-  with jax.set_mesh(sharding.make_mesh({"data": 2, "tensor": 2})):
+  with jax.set_mesh(sharding.make_mesh(
+      {"data": 2, "tensor": 2, "sequence": 2})):
     cache = jax.jit(functools.partial(make, kind))()
-    heads = cache.k[0].sharding.spec[1]
-    assert heads == "tensor"
+    split = ("tensor", "sequence") if kind is ContiguousCache else ("tensor",)
+    assert cache.k[0].sharding.spec[1:] == split
     for kept in ((4, 0, 1, 2), (3, 3, 4, 0), (1, 2, 3, 4)):
       fresh = random_fresh(rng, 4, jnp.float32)
       cache = commit(cache, fresh, path, jnp.array(kept, jnp.int32))
-      assert cache.k[0].sharding.spec[1] == "tensor"
+      spec = cache.k[0].sharding.spec[1:]
+      assert tuple(name for name in spec if name) == split
       for row in range(ROWS):
         record.extend(row, fresh.k, fresh.v, np.arange(kept[row]))
       check(cache, record, rng, jnp.float32)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import tree_attention
 from pallas_kernels.attention import op, xla
@@ -222,3 +224,32 @@ def test_a_kernel_of_one_stream_says_so(monkeypatch):
   np.testing.assert_array_equal(
       attend(arrays, places, implementation=("other", "xla")),
       attend(arrays, places))
+
+
+@pytest.mark.parametrize("slots", [8, 4 * BLOCK + 24])
+@pytest.mark.parametrize("options", [
+    {}, {"window": 11, "logits_soft_cap": 1.5}], ids=["plain", "warped"])
+def test_slots_that_are_split_over_devices(slots, options):
+  """Also where a device holds nothing that a row sees."""
+  arrays, places = case(slots, [0, 1, slots // 2, slots])
+  arrays, places = tuple(map(jnp.asarray, arrays)), packed(places)
+  mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+  split = {name: P(None, "d") if name == "slot_positions" else P()
+           for name in places}
+
+  @functools.partial(
+      jax.shard_map, mesh=mesh, out_specs=P(), check_vma=False,
+      in_specs=(P(), P(None, None, "d"), P(None, None, "d"), P(), P(), split))
+  def part(query, key, value, fresh_key, fresh_value, places):
+    return tree_attention(query, key, value, fresh_key, fresh_value, scale=0.4,
+                          across="d", **places, **options)
+
+  np.testing.assert_allclose(
+      jax.jit(part)(*arrays, places),
+      tree_attention(*arrays, **places, scale=0.4, **options), atol=2e-6)
+
+
+def test_a_kernel_of_whole_rows_says_so():
+  arrays, places = case(8)
+  with pytest.raises(NotImplementedError, match="over devices; use 'xla'"):
+    attend(arrays, places, across="d", implementation="tpu")
