@@ -134,8 +134,11 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
     state = prefix(state, key, value, slot_positions, scales, slot_streams)
   top, total, out = state
   if across is not None:
-    shrink = jnp.exp(top - lax.pmax(top, across))
-    total, out = lax.psum((total * shrink, out * shrink), across)
+    # One exchange: of so little, how often counts and not how much.
+    parts = lax.all_gather(jnp.concatenate(state, axis=-1), across)
+    top, total, out = jnp.split(parts, (1, 2), axis=-1)
+    shrink = jnp.exp(top - jnp.max(top, axis=0, keepdims=True))
+    total, out = jnp.sum(total * shrink, 0), jnp.sum(out * shrink, 0)
   return jnp.moveaxis(out / total, 3, 1).reshape(query.shape).astype(
       query.dtype)
 
