@@ -92,6 +92,7 @@ def test_tables_know_the_other_half_alone():
   assert found[2]["marks"]["bigram"][0][3] == 0
 
 
+@pytest.mark.slow
 def test_agreement_by_place_and_by_threshold(found, tmp_path):
   lines = head_agreement.summarise(found, {"knows": 1, "errs": 1})
   by = {(x["head"], x["ahead"], x["category"], x["place"]): x for x in lines}

@@ -63,6 +63,7 @@ def test_where_tensor_parallelism_wins():
   assert layer_stream.crossing(many, (1, 0, 0), CHIPS, 0.0) == float("inf")
 
 
+@pytest.mark.slow
 def test_what_is_shown(runs, tmp_path):
   lines = layer_stream.model_times(runs, [SIZES], CHIPS)
   assert len(lines) == 1 and lines[0]["layers"] == [1, 1, 1]

@@ -145,6 +145,7 @@ def test_words_that_come_in_change_what_follows(small):
   assert line["changed_after"] == {"2": 1} and line["equal_before"] == 1
 
 
+@pytest.mark.slow
 def test_the_whole_is_written(races, tmp_path):
   delay = {"rows": [-6, 3], "seconds": [-0.3, 0.1], "passes": 9, "useful": 6,
            "answer": [1] * 6, "quiet": True}

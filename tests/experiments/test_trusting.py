@@ -42,6 +42,7 @@ def test_a_head_that_knows_costs_nothing(plain):
   assert line["work"] == pytest.approx((1 + 2 / 3) / 3)
 
 
+@pytest.mark.slow
 def test_a_head_that_errs_shows(plain):
   """Of a root and two wrong drafts, the model says what is behind them."""
   found = trusted(1)
@@ -55,6 +56,7 @@ def test_a_head_that_errs_shows(plain):
   assert "| x |" in trusting.table({"x": line})
 
 
+@pytest.mark.slow
 def test_plain_decoding_is_itself(plain):
   line = trusting.summarise(plain, plain, 0)
   assert (line["own"]["share"], line["nats_more"], line["work"]) == (1, 0, 1)

@@ -66,6 +66,7 @@ def test_every_time_is_there_and_in_order(records):
   assert "x, chunk-major" not in records["knows"][1]["methods"]
 
 
+@pytest.mark.slow
 def test_a_head_that_knows_is_never_taken_back(records):
   knows = provisional.asked(records["knows"], NAME)
   errs = provisional.asked(records["errs"], NAME)
@@ -213,6 +214,7 @@ def test_a_disturbed_or_compiling_sample_is_taken_again(monkeypatch):
   assert found["n"] == 5 and found["quiet"] is False
 
 
+@pytest.mark.slow
 def test_the_whole_is_written(records, tmp_path):
   both = [{**r, "group": g, "kind": "category"}
           for r, g in zip((records["knows"][1], records["errs"][1]),

@@ -79,6 +79,7 @@ def test_the_model_writes_where_a_user_would(generator, monkeypatch):
   assert {o.temperature for _, o in seen} == {1.0}
 
 
+@pytest.mark.slow
 def test_prompts_depend_on_the_seed_alone(generator, monkeypatch):
   monkeypatch.setattr(corpus, "_USER", 6)
   monkeypatch.setattr(corpus, "_SHORTEST", 0)

@@ -92,12 +92,6 @@ def check(compiled, state_bytes: int) -> None:
   assert share < SHARE
 
 
-def test_some_layers_of_smollm2_on_a_cpu():
-  check(*compile_decode(
-      SMOLLM2(depth=8), "prompt_lookup", rows=2, capacity=2048,
-      dtype=jnp.float32, mesh=sharding.make_mesh()))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("drafter, kind", [
     ("autoregressive", "contiguous"), ("prompt_lookup", "contiguous"),

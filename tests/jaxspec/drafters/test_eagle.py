@@ -254,6 +254,7 @@ def _paths(proposal, row):
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree, tokens", [
     pytest.param(BUSHY, None, marks=pytest.mark.slow),
     (None, range(0, 64, 3))])
