@@ -883,19 +883,23 @@ _SLICES = {
 }
 
 
-def meshes(config: Config, count: int, rows: int
+def meshes(config: Config, count: int, rows: int, slots: int = 0
            ) -> list[tuple[tuple[str, int], ...]]:
   """All ways to spread a model over so many devices, each with a share.
 
   Most are spread over heads and experts first, for that takes least memory;
   where there are not enough heads, over slots last, for few rows.
+
+  Args:
+    slots: of a row, which must be divided where they are spread; 0 for any.
   """
   found = []
   heads = [n for n in range(count, 0, -1)
            if not (count % n or config.kv_heads % n or config.mlp % n)]
   for sequence in range(1, count + 1):
     for tensor in heads if sequence == 1 else heads[:1]:
-      if count % (tensor * sequence) or config.mlp % (tensor * sequence):
+      if (count % (tensor * sequence) or config.mlp % (tensor * sequence)
+          or slots % sequence):
         continue
       rest = count // (tensor * sequence)
       for expert in range(rest, 0, -1):
@@ -911,15 +915,16 @@ def meshes(config: Config, count: int, rows: int
   return found
 
 
-def default_mesh(config: Config, topology: str, rows: int
+def default_mesh(config: Config, topology: str, rows: int, slots: int = 0
                  ) -> tuple[tuple[str, int], ...]:
-  """The mesh over all devices that takes least memory.
+  """The first of `meshes` over all devices: that which takes least memory,
+  but for slots, which are spread where nothing else can be.
 
   Raises:
     InputError: there is none.
   """
   count = len(devices(topology))
-  found = meshes(config, count, rows)
+  found = meshes(config, count, rows, slots)
   if not found:
     raise InputError(
         f"no mesh spreads {config.kv_heads} key/value heads and {rows} rows "
@@ -959,7 +964,8 @@ def changes(setup: Setup) -> list[tuple[str, Setup]]:
   config = setup.config
   if setup.dtype == "float32":
     change("--dtype=bfloat16", dtype="bfloat16")
-  for mesh in meshes(config, len(devices(setup.topology)), setup.rows):
+  for mesh in meshes(config, len(devices(setup.topology)), setup.rows,
+                     setup.capacity):
     if mesh != setup.mesh:
       change("--mesh=" + ",".join(f"{a}={n}" for a, n in mesh), mesh=mesh)
   capacity = setup.capacity // 2
@@ -980,7 +986,7 @@ def changes(setup: Setup) -> list[tuple[str, Setup]]:
     for shape in shapes:
       topology = f"{other}:{shape}"
       for mesh in meshes(config, math.prod(map(int, shape.split("x"))) * (
-          2 if other == "tpu7x" else 1), setup.rows)[:1]:
+          2 if other == "tpu7x" else 1), setup.rows, setup.capacity)[:1]:
         change(f"--topology={topology} --mesh="
                + ",".join(f"{a}={n}" for a, n in mesh),
                topology=topology, mesh=mesh)
@@ -1022,7 +1028,8 @@ def sweep(setup: Setup, topologies: Sequence[str], **how: Any) -> list[Plan]:
   plans = []
   for topology in topologies:
     room = capacity_of(topology)
-    for mesh in meshes(setup.config, len(devices(topology)), setup.rows):
+    for mesh in meshes(setup.config, len(devices(topology)), setup.rows,
+                       setup.capacity):
       some = dataclasses.replace(setup, topology=topology, mesh=mesh)
       if room is not None and estimate(some) > room:
         continue

@@ -229,7 +229,8 @@ def _setups(settings: types.SimpleNamespace) -> list[Any]:
       elif settings.sweep:
         mesh = ()
       else:
-        mesh = planning.default_mesh(config, topology, rows)
+        mesh = planning.default_mesh(
+          config, topology, rows, settings.capacity)
       setups.append(planning.Setup(
         config, topology, mesh, settings.drafter, settings.verifier, rows,
         settings.capacity, settings.prompt, settings.dtype, settings.cache,

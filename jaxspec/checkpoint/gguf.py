@@ -203,6 +203,9 @@ def _whole(values: dict[str, Any], key: str) -> Any:
           " model."
       )
     value = value[0].item()
+  if isinstance(value, float):
+    # The file has four bytes of what was written as 1e-05.
+    value = float(str(np.float32(value)))
   if value is not None and (
       isinstance(value, bool) or not isinstance(value, int | float)
   ):

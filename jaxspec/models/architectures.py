@@ -11,6 +11,8 @@ from jaxspec.errors import InputError, nearest
 from jaxspec.models import families
 from jaxspec.models.transformer import Config
 
+# Their rms_norm_eps is 1e-5; that of the others 1e-6, the default.
+_WIDE_EPS = ("llama", "mistral", "mixtral")
 # Of each: model_type, then hidden_size, num_hidden_layers,
 # num_attention_heads, num_key_value_heads, intermediate_size, vocab_size,
 # max_position_embeddings, rope_theta, and what else it says.
@@ -72,4 +74,5 @@ def sizes(name: str) -> Config:
       model_type=kind, hidden_size=width, num_hidden_layers=depth,
       num_attention_heads=heads, num_key_value_heads=kv_heads,
       intermediate_size=mlp, vocab_size=vocab, max_position_embeddings=context,
-      rope_theta=theta) | more)
+      rope_theta=theta) | ({"rms_norm_eps": 1e-5} if kind in _WIDE_EPS else {})
+      | more)

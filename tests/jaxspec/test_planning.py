@@ -216,7 +216,9 @@ def test_meshes_spread_all_devices():
   assert planning.meshes(config, 3, 8) == []
   # Where there are not enough heads, over slots: last, with all heads.
   assert found[-1] == (("tensor", 8), ("sequence", 2))
-  assert planning.meshes(config, 16, 1) == [(("tensor", 8), ("sequence", 2))]
+  split = (("tensor", 8), ("sequence", 2))
+  assert planning.meshes(config, 16, 1, 2048) == [split]
+  assert planning.meshes(config, 16, 1, 2047) == []
 
 
 def test_slots_are_split_and_with_them_the_mlp():
