@@ -155,6 +155,7 @@ def test_neighbours_do_not_matter(experts, per_token):
 @pytest.mark.parametrize("rows, axes", [
     (4, {"expert": 4}), (4, {"expert": 2, "tensor": 2}), (4, {"data": 4}),
     (4, {"data": 2, "expert": 2, "tensor": 2}),
+    (4, {"expert": 2, "tensor": 2, "sequence": 2}),
     (1, {"data": 2, "expert": 2, "tensor": 2})], ids=str)
 def test_meshes_equal_one_device(rows, axes):
   args = inputs(rows, 3, 8)
