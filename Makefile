@@ -26,7 +26,7 @@ DEMO_PROMPT := Correct the spelling of this text and change nothing else: \
   old mill turns all day. In the summer the river runs slow and teh old mill \
   rests. In the winter the river freezes and the old mil sleeps.
 
-.PHONY: demo test nightly lint clean
+.PHONY: demo test check nightly lint clean
 
 demo: $(VENV)/.demo ## a real model answers, with speculation
 	@echo "A head on a lower layer speaks before the upper ones have read:"
@@ -39,6 +39,10 @@ demo: $(VENV)/.demo ## a real model answers, with speculation
 test: $(TEST_VENV)/.test ## the quick tests
 	$(TEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -q \
 	  $(PYTEST_ARGS)
+
+check: $(TEST_VENV)/.test ## the tests that take seconds each
+	$(TEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -q \
+	  -m "medium and not slow and not nightly" $(PYTEST_ARGS)
 
 nightly: $(TEST_VENV)/.test ## the tests that take minutes
 	$(TEST_VENV)/bin/python -m pytest -q -m "slow or nightly" \

@@ -232,6 +232,7 @@ def test_experts_are_left_alone():
     Adapter.init(quantize(Transformer(tiny_config(), random_source(0))))
 
 
+@pytest.mark.medium
 def test_a_generator_merges_what_it_is_given(tiny_model, tmp_path):
   plain = Generator.load(str(tiny_model), dtype="float32", capacity=64)
   adapter = trained(plain.model, scale=0.3)

@@ -162,6 +162,7 @@ def test_chains_fall_together():
 # What a head says.
 
 
+@pytest.mark.medium
 def test_a_head_says_here_what_it_drafts(tiny):
   """The same tokens with the same confidence, whichever way they are asked."""
   head = ExitHead.init(tiny, layer=3, attention=True, tokens=range(0, 64, 2))

@@ -71,6 +71,7 @@ def test_a_tensor_parallel_layer_sums_twice(topology, data):
       read, rel=0.02)
 
 
+@pytest.mark.medium
 def test_slots_that_are_split_merge_what_they_saw():
   """Once: of each softmax its largest score, its sum and its values; no key."""
   found = plan("llama3-70b", "v6e:2x4", tensor=4, sequence=2)
@@ -93,6 +94,7 @@ def test_slots_that_are_split_merge_what_they_saw():
   assert found.cache == pytest.approx(whole / 8, rel=0.01)
 
 
+@pytest.mark.medium
 def test_experts_that_are_spread_sum_once():
   """Behind attention over tensor shards; behind experts over all."""
   found = plan("qwen3-30b-a3b", "v6e:2x4", expert=2, tensor=4)

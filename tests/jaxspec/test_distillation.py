@@ -223,6 +223,7 @@ def heads_of(model):
       "eagle": EagleHead.init(model, mlp=16, tokens=range(2, 60))}
 
 
+@pytest.mark.medium
 def test_heads_learn_and_the_model_does_not(tiny):
   texts, heads = periodic(), heads_of(tiny)
   recipe = dataclasses.replace(RECIPE, rate=1e-2)

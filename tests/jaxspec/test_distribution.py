@@ -96,6 +96,7 @@ def test_the_law_is_that_of_texts_and_not_of_tokens():
   assert np.sum(mutants.law("cool") > 0) > 300
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("other", [
     "tree", pytest.param("stubborn", marks=pytest.mark.slow)])
 def test_the_answer_is_a_function_of_the_seed(other):
@@ -109,6 +110,7 @@ def test_the_answer_is_a_function_of_the_seed(other):
   assert np.any(other_seeds.counts != chain)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("bug", BUGS)
 def test_mutants_are_killed(bug):
   row = mutants.judge(bug, "tree", SAMPLES)
@@ -117,6 +119,7 @@ def test_mutants_are_killed(bug):
   assert healthy == (row[2] > ALPHA)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("bug", DRAFT_BUGS)
 def test_mutants_of_draft_probabilities_are_killed(bug):
   row = mutants.judge(bug, "drawn tree", SAMPLES, "warm")
@@ -125,6 +128,7 @@ def test_mutants_of_draft_probabilities_are_killed(bug):
   assert row[3] > 1e-3               # and the first token shows none of them
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("verifier, drafter", [PAIRS[1], PAIRS[3]])
 def test_no_bug_planted_is_the_package(verifier, drafter):
   """What the bugs are judged beside decodes what the package decodes."""
@@ -148,6 +152,7 @@ def test_two_percent_leniency_is_seen_where_nothing_is_ruled_out():
   assert honest > ALPHA > lenient > 0
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("bug", [
     bug for bug in BUGS if bug != "none" and (bug, "tree") not in HARMLESS])
 def test_a_first_token_test_is_blind(bug):

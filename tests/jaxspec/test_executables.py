@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
   return folder
 
 
+@pytest.mark.medium
 def test_loaded_programs_give_the_same_tokens(folder, monkeypatch):
   def tokens(made):
     (found,) = made.generate(

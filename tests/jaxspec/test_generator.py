@@ -132,6 +132,7 @@ def waits(monkeypatch):
   return short
 
 
+@pytest.mark.medium
 def test_mixed_requests_compile_nothing_and_change_no_token(
     drafted, many, told, waits):
   """Whatever is asked, in whatever order rows and pages become free."""

@@ -125,6 +125,7 @@ def results(tmp_path):
   return [json.loads(line) for line in lines]
 
 
+@pytest.mark.medium
 def test_two_processes_share_every_weight(tmp_path, model, answers):
   """And read their own half of it."""
   argv = decoding(tmp_path, model, "tensor=8", 4,
@@ -219,6 +220,7 @@ def test_who_is_killed_is_named_by_all(tmp_path):
   assert {(tmp_path / f"heard-{i}").read_text() for i in range(3)} == {"0"}
 
 
+@pytest.mark.medium
 def test_processes_that_were_told_unlike_things_stop(tmp_path, model):
   argv = decoding(tmp_path, model, "tensor=2", 1)
   with Job(tmp_path, 2, 1, lambda coordinator, processes, process: [

@@ -73,6 +73,7 @@ def test_a_table_of_blocks_that_is_none_is_explained():
     raise errors.InputError("x.json is no JSON")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("drafter, cache", [
     ("exit", "contiguous"),
     pytest.param("prompt_lookup", "paged:page=8", marks=slow),

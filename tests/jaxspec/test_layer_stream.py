@@ -137,6 +137,7 @@ def check_account(stages, state):
   assert np.all(np.asarray(state.draft.worked) <= ticks * count)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("count", [
     pytest.param(2, marks=pytest.mark.slow), 4,
     pytest.param(8, marks=pytest.mark.slow)])
@@ -225,6 +226,7 @@ def test_the_host_hears_of_a_finished_row():
   assert batches.answers(state)[1:3] == plain()[0][1:3]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("attention", [
     pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_head_that_knows_or_never_does(attention):

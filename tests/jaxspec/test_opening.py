@@ -61,6 +61,7 @@ def begin(model, drafter, texts, options, *, kind="contiguous", chunk=512,
                    chunk)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind, chunk", [
     # (In one chunk rows are begun below, too.)
     pytest.param("contiguous", 512, marks=pytest.mark.slow),
@@ -109,6 +110,7 @@ def test_drafts_are_settled_with_the_prompt():
   assert batches.answers(state) == [cycles.recited(t, 1) for t in texts]
 
 
+@pytest.mark.medium
 def test_nothing_is_shown_where_the_head_is_not_sure():
   model = cycles.model()
   drafter = EarlyExit(cycles.exit_head(), CHAIN, stop=1.0)
@@ -129,6 +131,7 @@ def test_what_is_shown_has_thresholds_of_its_own():
     assert batches.answers(state) == [cycles.recited(t, 4) for t in texts]
 
 
+@pytest.mark.medium
 def test_drafts_unfold_one_after_another(small, drafter):
   texts = batches.prompts(2)
   tokens, lengths = batches.padded(texts)
@@ -212,6 +215,7 @@ def test_generators_read_either_way(small, adaptive):
   assert events[-1].completion.token_ids == plain[0].token_ids
 
 
+@pytest.mark.medium
 def test_what_may_come_first_is_shown_first(tiny_model):
   """Then the drafts, and then what stands, in their place."""
   made = Generator.load(str(tiny_model), dtype="float32", capacity=96,

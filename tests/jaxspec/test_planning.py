@@ -166,6 +166,7 @@ def test_heads_need_no_weights(drafter, nodes):
              if x is not None and getattr(x, "ndim", 0) > 1)
 
 
+@pytest.mark.medium
 def test_halves_of_a_step_are_the_step():
   config = tiny_config(depth=1)
   some = setup(config, drafter="medusa:tree=mc_sim_7b_63,nodes=4")

@@ -80,6 +80,7 @@ def test_shapes_alone_are_rounded_to_shapes(kind):
     assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
 
 
+@pytest.mark.medium
 def test_it_decodes_as_any_model_does(small):
   eight = quantize(small)
   state = batches.run(eight, Autoregressive(), batches.prompts(4),

@@ -99,6 +99,7 @@ def random_case(seed, rows=8):
   return logits.astype(np.float32), options, history
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("seeds", [range(0, 150), range(150, 300)])
 def test_against_numpy(seeds):
   for seed in seeds:

@@ -56,6 +56,7 @@ def test_the_late_branch_is_a_path():
   assert LAST[-1] == LATE.size - 1
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", batches.cache_kinds())
 def test_cache_is_a_fresh_prefill_after_every_round(small, plain, kind):
   script = doubtful(batches.truth(plain), 0.3)

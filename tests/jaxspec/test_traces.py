@@ -44,6 +44,7 @@ def test_stages_of_a_real_run_are_found(folder):
       "", *profiling.SCOPES}
 
 
+@pytest.mark.medium
 def test_rounds_are_marked(folder):
   (file,) = traces.files(folder)
   steps = [event for plane in jax.profiler.ProfileData.from_file(

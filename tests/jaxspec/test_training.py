@@ -81,6 +81,7 @@ def test_a_run_that_fails_goes_on(undisturbed, tmp_path):
   assert same(run(tmp_path, lambda *_: pytest.fail("trained again")), heads)
 
 
+@pytest.mark.medium
 def test_weights_moved(undisturbed, tmp_path):
   """Else the same weights would prove nothing."""
   model = Transformer(tiny_config(depth=2), random_source(0))

@@ -236,6 +236,7 @@ def trie(tokens, parents, chances, nodes):
   return [(p, known[p]) for p in order], paths
 
 
+@pytest.mark.medium
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_grow_against_a_trie(data):

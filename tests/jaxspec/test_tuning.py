@@ -136,6 +136,7 @@ def test_exits_come_from_the_top():
 # Learning.
 
 
+@pytest.mark.medium
 def test_exits_learn_and_the_law_is_kept(small):
   """What the exits gain is more than heads alone do, and the top stays."""
   recipe = dataclasses.replace(RECIPE, steps=30, exit_scale=5.0,
@@ -186,6 +187,7 @@ def test_turns_and_heads_of_few_words(tmp_path):
     assert np.any(made[name].lens[...] != head.lens[...])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("change", [
     dict(layer_dropout=0.0), dict(exit_scale=1.0), dict(positions=40),
     dict(model_rate=1e-3), dict(seed=1)], ids=str)

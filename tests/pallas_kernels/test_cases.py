@@ -75,6 +75,7 @@ def test_samples_fit(case):
       jax.tree.leaves(made), jax.tree.leaves(case.arguments)))
 
 
+@pytest.mark.medium
 def test_the_table_in_the_readme():
   """Renew it: python -m pallas_kernels support --readme=FILE."""
   text = (pathlib.Path(floors.__file__).parent / "README.md").read_text()

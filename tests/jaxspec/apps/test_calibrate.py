@@ -48,6 +48,7 @@ def folder(model, tmp_path):
   return tmp_path / "head"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("measure", ["top", "learned"])
 def test_thresholds_reach_the_drafter(tiny_model, model, data, folder,
                                       tmp_path, measure, capsys):

@@ -633,6 +633,7 @@ def test_speculation_gives_the_same_tokens_and_counts_add_up(
   assert sum(r["stats"]["accepted"] for r in lookup) > 0
 
 
+@pytest.mark.medium
 def test_a_stream_prints_what_its_record_holds(
   tiny_model, tmp_path, capsysbinary
 ):
@@ -658,6 +659,7 @@ def test_a_stream_prints_what_its_record_holds(
   assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
   "argv, label",
   [

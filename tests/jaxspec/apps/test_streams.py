@@ -30,6 +30,7 @@ def run(tiny_model, capsys):
   return run
 
 
+@pytest.mark.medium
 def test_a_row_a_line(run):
   status, out, err = run("--push=user=hi there", "--prefix=Be brief.",
                          "--emit=jsonl")

@@ -59,6 +59,7 @@ def loaded(folder, model):
           for name in ("exit_2", "medusa", "hydra", "eagle")]
 
 
+@pytest.mark.medium
 def test_what_it_writes_can_be_loaded(whole, tiny_model):
   plain = Generator.load(str(tiny_model), dtype="float32", capacity=64)
   head, medusa, hydra, eagle = loaded(whole, plain.model)
@@ -67,6 +68,7 @@ def test_what_it_writes_can_be_loaded(whole, tiny_model):
   assert len(eagle.tokens[...]) == 60
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("drafter", [
     "medusa:heads=[{}/medusa],nodes=8",
     # (`drafters/test_contract.py` drafts with folders of every kind.)
@@ -104,6 +106,7 @@ def test_it_tells_what_came_of_it(whole):
   assert [len(a["token_ids"]) for a in answers] == [8] * 7
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("stage", ["answering", "learning"])
 def test_a_stopped_run_goes_on(whole, tiny_model, data, tmp_path, stage,
                                monkeypatch, capsys):

@@ -61,6 +61,7 @@ def streams(model, folder, *argv):
       "--room=20", "--emit=jsonl", *argv])
 
 
+@pytest.mark.medium
 def test_what_it_writes_is_read(whole, tiny_model, capsys):
   assert streams(tiny_model, whole) == 0
   rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -94,6 +95,7 @@ def test_another_model_refuses_it(whole, tiny_model, tmp_path, capsys):
   assert "both say it" in capsys.readouterr().err
 
 
+@pytest.mark.medium
 def test_a_run_that_the_clock_ended_goes_on(whole, tiny_model, data, tmp_path,
                                             capsys):
   folder = tmp_path / "run"

@@ -51,6 +51,7 @@ def run(small, plain, drafter, costs):
   return state, np.asarray(state.counters.scored) / passes
 
 
+@pytest.mark.medium
 def test_an_oracle_gets_wide_passes(small, plain):
   state, width = run(small, plain, oracle(script(plain)), (1, 1, 1.1, 1.2))
   assert np.all(width > 7)

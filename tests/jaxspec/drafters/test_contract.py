@@ -57,6 +57,8 @@ DRAWN = ("prompt_lookup",)
 # keys of their own, or their passes differ in kind: a chain, a tree, one of
 # varying width. The others draft such passes too, and in slow runs.
 ALONE = ("prompt_lookup", "early_exit")
+# Decoded in the quickest run: none, a chain, a head of the model, a tree.
+QUICK = ("autoregressive", "prompt_lookup", "early_exit", "union")
 CACHED = {
     "paged": ("prompt_lookup", "draft_model"),
     "window": ("autoregressive",)}
@@ -115,8 +117,8 @@ def test_plain_decoding_samples(plain):
 
 
 @pytest.mark.parametrize("name, kind", [
-    pytest.param(name, kind, marks=() if name in CACHED.get(kind, [name])
-                 else pytest.mark.slow)
+    pytest.param(name, kind, marks=pytest.mark.slow if name not in CACHED.get(
+        kind, [name]) else () if name in QUICK else pytest.mark.medium)
     for name in drafters.names() for kind in batches.cache_kinds()])
 def test_text_is_that_of_plain_decoding(small, plain, make, name, kind):
   drafter = make(name)
@@ -152,6 +154,7 @@ def test_rows_are_independent(small, plain, make, name):
                                   together[order.index(row)])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=() if name in ALONE else pytest.mark.slow)
     for name in drafters.names()])
@@ -204,6 +207,7 @@ SPARSE = from_paths([(0,), (1,), (2,), (0, 0), (2, 1), (2, 1, 0), (2, 1, 0, 0)])
 SPARSE_PATH = tuple(SPARSE.paths[SPARSE.size - 1][1:].tolist())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("law", LONG)
 @pytest.mark.parametrize("tree, path", [(LATE, LATE_PATH),
                                         (SPARSE, SPARSE_PATH)])
@@ -231,6 +235,7 @@ def test_always_wrong(small, plain, law):
   assert batches.drafted(state) == 4 * (TOKENS - 1) * (LATE.size - 1)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("law", LONG)
 def test_end_token_is_proposed_everywhere(small, plain, law):
   """A drafter that wants to stop does not stop anyone too early."""
@@ -250,6 +255,7 @@ def test_end_token_is_proposed_everywhere(small, plain, law):
                                        for a in wanted]
 
 
+@pytest.mark.medium
 def test_dead_nodes_are_never_accepted(small, plain):
   """However right they are; and they are not counted as drafted."""
   drafter = Scripted(script(plain["greedy"]), chain(3), (1, 2, 3), live=2)

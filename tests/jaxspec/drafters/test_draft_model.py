@@ -64,6 +64,7 @@ def plain(small):
       small, Autoregressive(), PROMPTS, options(law))) for law in LAWS}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("law", LAWS)
 def test_a_model_drafts_for_itself(small, plain, law):
   """All is accepted, so that each proposal begins a token late."""
@@ -99,6 +100,7 @@ def test_the_cache_is_a_fresh_prefill_after_every_step(small):
   check_draft(drafter, state)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("law", LAWS)
 def test_it_catches_up(small, plain, law):
   """With steps in which it was never asked, by rows that differ in number."""
@@ -233,6 +235,7 @@ def test_a_cascade_is_drafters_in_drafters(small):
           == cascade.model.layers[0].qkv[...].values.unsafe_buffer_pointer())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("law", LAWS)
 def test_another_vocabulary_is_translated(small, plain, law, tmp_path):
   """A model whose ids are shuffled, and some of them nobody's."""

@@ -56,6 +56,7 @@ def test_a_head_that_knows_is_always_right(by, tree):
   assert batches.accepted(state) == 3 * (24 - 1 - passes)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("wrong", [
     dict(token=cycles.ahead(1)),
     pytest.param(dict(token=cycles.ahead(-1)), marks=pytest.mark.slow),
@@ -86,6 +87,7 @@ def knows_some():
   return cycles.eagle_head(feature=some)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("recites, tree", [
     pytest.param(True, CHAIN, marks=pytest.mark.slow), (False, None)])
 def test_cache_is_that_of_a_fresh_pass(small, recites, tree):

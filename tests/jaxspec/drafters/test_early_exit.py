@@ -61,6 +61,7 @@ def test_a_head_that_knows_is_always_right(choices, attention):
   assert batches.accepted(state) == 3 * (24 - 1 - passes)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("shift", [1, -1])
 def test_a_head_that_looks_elsewhere_is_always_wrong(shift):
   drafter = EarlyExit(cycles.exit_head(shift=shift), CHAIN)
@@ -69,6 +70,7 @@ def test_a_head_that_looks_elsewhere_is_always_wrong(shift):
   assert batches.accepted(state) == 0
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("choices", [CHAIN, BUSHY])
 def test_no_layer_takes_a_node_twice(tiny, choices, monkeypatch):
   """Counted where layers are called: node by node and layer by layer."""
@@ -88,6 +90,7 @@ def test_no_layer_takes_a_node_twice(tiny, choices, monkeypatch):
                            for node in range(drafter.size)]
 
 
+@pytest.mark.medium
 def test_a_row_stops_where_the_head_is_not_sure(tiny):
   """And what is behind is not computed when no row goes on."""
   head = cycles.exit_head()
@@ -154,6 +157,7 @@ def test_no_more_is_drafted_than_pays(tiny):
     assert not said[:, taken:].any()
 
 
+@pytest.mark.medium
 def test_each_draft_has_its_confidence(tiny):
   """That of the head behind its parent; and so far it may be shown."""
   head = ExitHead.init(tiny, layer=2)
@@ -228,6 +232,7 @@ def test_drafts_made_in_parts_are_the_same(tiny, stopping):
   assert right > 3 and wrong > 3
 
 
+@pytest.mark.medium
 def test_a_stream_compiles_once(tiny, stopping):
   some, other = (batches.begin(tiny, stopping, batches.prompts(3), options)
                  for options in (GREEDY, SAMPLED))
@@ -305,6 +310,7 @@ def test_long_prompts_are_read_in_parts(tiny, monkeypatch):
   _check_cache(tiny, head, state)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("tokens", [
     pytest.param(None, marks=pytest.mark.slow), range(0, 64, 3)])
 def test_drafts_are_samples_with_the_models_noise(tiny, tokens):
@@ -410,6 +416,7 @@ def test_what_was_calibrated_is_taken(tiny, tmp_path):
   assert plain.coefficients is None
 
 
+@pytest.mark.medium
 def test_what_is_learned_decides(tiny):
   """The place in the answer counts, on the device as on the host."""
   head = ExitHead.init(tiny, layer=2)

@@ -28,6 +28,7 @@ BUSHY = ((0,), (0, 0), (1,), (0, 0, 0), (0, 1), (2,), (1, 0), (1, 0, 1))
 PROMPTS = [[5, 9, 2], [7], [1, 1, 4, 30, 8]]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("by, choices", [("token", BUSHY), ("state", CHAIN)])
 def test_heads_that_know_are_always_right(by, choices):
   drafter = Hydra(cycles.hydra_heads(by=by), choices)
@@ -46,6 +47,7 @@ def test_heads_that_look_elsewhere_are_always_wrong():
   assert batches.accepted(state) == 0
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("tokens", [
     pytest.param(None, marks=pytest.mark.slow), range(1, 64, 2)])
 def test_nodes_follow_from_their_own_path(small, tokens):

@@ -30,6 +30,7 @@ BUSHY = ((0,), (0, 0), (1,), (0, 0, 0), (0, 1), (2,), (1, 0))
 PROMPTS = [[5, 9, 2], [7], [1, 1, 4, 30, 8]]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("choices", [CHAIN, BUSHY])
 def test_heads_that_know_are_always_right(choices):
   drafter = Medusa(cycles.medusa_heads(), choices)
@@ -56,6 +57,7 @@ def random_heads(model, **settings):
   return made.replace(up=jnp.asarray(noise, jnp.float32))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("settings", [
     dict(heads=3), dict(heads=3, rank=4, blocks=2, tokens=range(1, 64, 2))])
 def test_drafts_are_of_the_last_committed_feature(small, settings):

@@ -42,6 +42,7 @@ def causal(rows, count):
                   jnp.tril(jnp.ones((count, count), bool)))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_untrained_it_is_the_plain_early_exit(name, attention):

@@ -48,6 +48,7 @@ def inputs(rows, tokens, experts, dtype=jnp.float32, seed=0):
 OPTIONS = dict(normalize=True, activation="silu")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("rows, tokens, experts, per_token", [
     (1, 1, 8, 2), (3, 5, 8, 2), (2, 1, 128, 8), (1, 70, 4, 4), (9, 8, 16, 1)])
 def test_equals_dense(rows, tokens, experts, per_token):
@@ -108,6 +109,7 @@ def test_implementations(implementation, sizes):
     row += size
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("width, mlp", [(512, 1280), (1024, 192)])
 @pytest.mark.parametrize("tokens", [16, 64, 1500])
 def test_a_tpu_copies_no_expert(tpu_compiler, width, mlp, tokens):

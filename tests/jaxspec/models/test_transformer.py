@@ -320,6 +320,7 @@ def made(name):
 TEXTS = random_tokens(2, 9, seed=5)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", CHANGES)
 def test_against_numpy(name):
   model, found = made(name)
@@ -427,6 +428,7 @@ def test_abstract_weights_have_the_same_shapes():
   assert specs[32, 36] == (None, "tensor")                       # out
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_decode_with_kernels_is_decode_without(small, prefix_of_small, tensor):
   """Aimed at a TPU, the MLPs of a decode pass are kernels; it means the same.

@@ -36,6 +36,7 @@ def test_rows_from_the_last_word_read_to_the_first_said():
       "out": dict(mean=1.5, median=1.5, early=0.5, spoke=2, tables=3)}
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("quick_compiles")
 def test_sessions_side_by_side_are_sessions_alone(small):
   asked = [{"user": [5, 6, 7]}, {"user": [9]}, {"user": [30, 31, 32, 33]}]

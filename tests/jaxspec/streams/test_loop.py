@@ -89,6 +89,7 @@ def test_sessions_are_independent_and_rows_are_refilled(model, options):
   assert len(rows) > 15 and (rows[3:, 1:] != TALK.silence).any()
 
 
+@pytest.mark.medium
 def test_pages_hold_what_one_buffer_holds(model):
   """And a session for which there are none is over before it begins."""
   given = [tables.random_table(TALK, 7, seed=n, holes=0.2) for n in range(2)]
@@ -103,6 +104,7 @@ def test_pages_hold_what_one_buffer_holds(model):
   assert int(paged.passes[1]) == 0
 
 
+@pytest.mark.medium
 def test_a_window_of_rows_is_enough(model):
   """One layer sees eight positions, and keeps a key a stream of each."""
   given = [tables.random_table(TALK, n, seed=n, holes=0.2) for n in (7, 15)]
@@ -125,6 +127,7 @@ def test_what_counts_for_itself_is_not_forgotten_with_the_others(small):
     cache.empty(small, layout, WindowCache, 1, 40, np.float32)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name, options", [
     ("reading", SAMPLED),
     pytest.param("table", GREEDY, marks=pytest.mark.slow),

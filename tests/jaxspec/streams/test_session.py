@@ -52,6 +52,7 @@ def columns(rows):
   return [[row.tokens[at] for row in rows] for at in range(2)]
 
 
+@pytest.mark.medium
 def test_words_are_read_while_the_model_writes(streams):
   with streams.open(given={"out": [5]}, prefix=[3]) as session:
     rows = session.rows()

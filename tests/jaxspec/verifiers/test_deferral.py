@@ -38,6 +38,7 @@ SETTINGS = pytest.mark.parametrize("rule, alpha", [
     ("sure", 0.0), ("sure", 0.2), ("sure", 0.7), ("token", 0.4)])
 
 
+@pytest.mark.medium
 @SETTINGS
 @pytest.mark.parametrize("tree", [chain(3), branching((2, 2))], ids=[
     "chain", "tree"])

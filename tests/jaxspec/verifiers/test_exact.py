@@ -33,6 +33,7 @@ def cases(draw):
           draw(st.integers(1, size)))
 
 
+@pytest.mark.medium
 @settings(max_examples=30, deadline=None)
 @given(cases())
 def test_against_plain_python(case):
@@ -84,6 +85,7 @@ def logits_of(rows, nodes, vocab=8, seed=0):
   return jnp.asarray(rng.standard_normal((rows, nodes, vocab)), jnp.float32)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_accepted_and_next_tokens_are_the_models_own_samples(temperature):
   tree = branching((2, 2))
@@ -104,6 +106,7 @@ def test_accepted_and_next_tokens_are_the_models_own_samples(temperature):
     assert int(verdict.next_token[r]) == int(samples[r, last])
 
 
+@pytest.mark.medium
 def test_what_was_drafted_elsewhere_changes_nothing():
   """The walk of a row sees its own nodes alone."""
   tree = chain(3)

@@ -149,6 +149,7 @@ def test_the_package_walks_as_plain_python_does(tree, kind):
   assert {0, 1, 2} <= set(lengths)
 
 
+@pytest.mark.medium
 @KINDS
 def test_grown_trees_and_dead_nodes(kind):
   """Every row has a topology and a number of live nodes of its own."""
@@ -238,6 +239,7 @@ def test_what_both_have_and_the_residual_make_the_law(p, q):
   assert rest.sum() == pytest.approx(1, abs=1e-6) and np.all(rest >= 0)
 
 
+@pytest.mark.medium
 @settings(max_examples=100, deadline=None)
 @given(laws, laws, st.booleans())
 def test_two_siblings_and_what_is_left_make_the_law(p, q, replacement):

@@ -29,6 +29,7 @@ def verdict_of(tree, rate, tokens=None, live=None, temperature=1.0, vocab=4):
   return jax.jit(Simulated(rate))(proposal, walks.laws(logits, row, at)), own
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.7, 1.0])
 def test_each_draft_stands_at_the_rate(rate):
   verdict, own = verdict_of(chain(3), rate)
@@ -50,6 +51,7 @@ def test_what_was_drafted_changes_nothing(temperature):
   assert len(set(np.asarray(some.kept).tolist())) == 4
 
 
+@pytest.mark.medium
 def test_first_children_alone_are_walked():
   tree = branching((2, 2))
   parents = jnp.broadcast_to(jnp.asarray(tree.parents), (COUNT, tree.size))

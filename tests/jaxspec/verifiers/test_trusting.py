@@ -73,6 +73,7 @@ def test_nothing_drafted_is_plain_decoding(small):
     assert plain == trusting
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("shift", [0, 1])
 def test_nothing_that_is_shown_is_taken_back(shift):
   """Neither by the model, nor by an end or a limit."""

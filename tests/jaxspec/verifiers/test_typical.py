@@ -32,6 +32,7 @@ def best_path(parents, tokens, live, p, epsilon, delta):
   return max(beyond(0, [0], 1.0))[2]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("epsilon, delta", [(0.09, 0.3), (0.3, 0.9), (1, 0.5)])
 def test_against_the_definition(epsilon, delta):
   rng = np.random.default_rng(0)

@@ -81,6 +81,7 @@ def no_races():
   assert not races.races_found
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("options", [
     {}, {"window": 70, "logits_soft_cap": 3.0}])
 def test_contiguous(options):

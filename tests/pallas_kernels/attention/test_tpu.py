@@ -69,6 +69,7 @@ def plan(arrays, places, target=V5E):
                    places["slot_positions"].shape[1], False, False, target)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("slots, size, blocks, slots_minor, options", [
     (77, 128, 1, False, {}), (256, 128, 2, False, {}),
     (300, 16, 1, True, {}), (384, 16, 2, True, {}),
@@ -86,6 +87,7 @@ def test_prefixes(slots, size, blocks, slots_minor, options, monkeypatch):
     check(*case(slots, lengths, size=size, ring=True), **options)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("target, rows, options", [
     (V5E, 2048, {}), (V5E, 24, {"window": 9}),
     (Target("tpu", "TPU v5", interpret=True), 24, {})])

@@ -25,6 +25,7 @@ def interpreter():
   return InterpretGPUParams(detect_races=True)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("rows, width, vocab, count, cap, wanted", [
     (3, 128, 304, 1, None, {}),
     (9, 64, 408, 3, 5.0, dict(drawn=True, trimmed=True))])

@@ -43,6 +43,7 @@ def alike(target, arguments, **wanted):
 
 
 # A width of whole vectors lies as it is named, another one turned.
+@pytest.mark.medium
 @pytest.mark.parametrize("target, dtype, rows, width, vocab, count, wanted", [
     (ONE, jnp.bfloat16, 1, 40, 130, 1, {}),
     (TWO, jnp.float32, 5, 128, 700, 8, {}),

@@ -52,6 +52,7 @@ def close(found, expected, atol):
     np.testing.assert_allclose(a, b, rtol=0, atol=atol)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("rows, width, vocab, count", [
     (1, 8, 1, 1), (1, 16, 40, 1), (5, 24, 300, 8), (64, 8, 70, 3)])
 @pytest.mark.parametrize("cap", [None, 20.0])

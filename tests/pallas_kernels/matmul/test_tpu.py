@@ -52,6 +52,7 @@ def block(depth, width, mlp, dtype=jnp.float32, kind="plain"):
       enumerate([(mlp, width), (mlp, width), (width, mlp)], 3)))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind,dtype,rows,inputs,outputs", [
     ("plain", jnp.float32, 1, 320, 384),
     ("plain", jnp.bfloat16, 19, 256, 384),
