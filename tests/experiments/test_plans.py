@@ -51,6 +51,7 @@ def test_a_mixture_reads_all_experts_and_multiplies_a_few():
   assert more == 2 * config.depth * (3 * mlp + 4 * config.width)
 
 
+@pytest.mark.medium
 def test_the_public_figure_is_explained():
   step = dict(seconds=0.02, limit="bandwidth", memory=0.015, arithmetic=0.001,
               interconnect=0.005)

@@ -199,6 +199,7 @@ def test_widths_are_measured_on_the_work_at_hand(
   np.testing.assert_array_equal(costs(rows=3), guessed)
 
 
+@pytest.mark.medium
 def test_order_does_not_matter(drafted, many, told):
   """Each in another row, beside others, and inserted together with them."""
   short = [i for i, prompt in enumerate(many[0]) if len(prompt) <= 16]

@@ -155,6 +155,7 @@ def test_text_is_that_of_plain_decoding(count):
   batches.check_cache(stages.whole, state)
 
 
+@pytest.mark.medium
 def test_rows_are_independent():
   answers, end, _ = plain()
   stages, order = made(4), [2, 0, 3, 1]

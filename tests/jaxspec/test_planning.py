@@ -222,6 +222,7 @@ def test_meshes_spread_all_devices():
   assert planning.meshes(config, 16, 1, 2047) == []
 
 
+@pytest.mark.medium
 def test_slots_are_split_and_with_them_the_mlp():
   config = tiny_config(mlp=64, vocab=64)
   wide, split = (dataclasses.replace(

@@ -35,6 +35,7 @@ def logits(model):
   return np.asarray(model.unembed(prefix.last[:, None]))[:, 0]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", [
     pytest.param(kind, marks=pytest.mark.slow if kind == "untied" else ())
     for kind in KINDS])

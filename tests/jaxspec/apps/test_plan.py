@@ -61,6 +61,7 @@ def test_it_says_what_fits_and_what_limits(made, capsys, tmp_path):
       "times": 160.0, "bytes": 160.0 * 131072}
 
 
+@pytest.mark.medium
 def test_what_does_not_fit_comes_with_changes_that_do(made, capsys):
   assert run("--model=llama3-8b", "--topology=v5e:1x1", "--rows=2") == 1
   out = capsys.readouterr().out
@@ -68,6 +69,7 @@ def test_what_does_not_fit_comes_with_changes_that_do(made, capsys):
   assert "it fits, compiled, with\n    --topology=v5e:2x2" in out
 
 
+@pytest.mark.medium
 def test_a_sweep_ranks_by_price(made, capsys):
   assert run("--model=llama3-8b", "--topology=v5e:2x4,v5e:2x2", "--sweep",
              "--rows=4", "--price=v5e=3.6") == 0

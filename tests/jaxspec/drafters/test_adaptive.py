@@ -58,6 +58,7 @@ def test_an_oracle_gets_wide_passes(small, plain):
   assert batches.accepted(state) > 0.8 * 2 * LENGTH
 
 
+@pytest.mark.medium
 def test_what_costs_more_than_it_gives_is_not_taken(small, plain):
   """Right or not: eight nodes for the price of nine passes do not pay."""
   _, width = run(small, plain, oracle(script(plain)), (1, 2.5, 5, 9))

@@ -131,6 +131,7 @@ def test_text_is_that_of_plain_decoding(small, plain, make, name, kind):
   batches.check_cache(small, state)
 
 
+@pytest.mark.medium
 @EVERY
 def test_rows_are_independent(small, plain, make, name):
   """Of their place, and of their neighbours."""

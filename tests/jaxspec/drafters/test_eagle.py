@@ -113,6 +113,7 @@ def test_cache_is_that_of_a_fresh_pass(small, recites, tree):
     assert {1, 2, 3, 4} & kept and len(kept) > 1, kept
 
 
+@pytest.mark.medium
 def test_nothing_is_lost_while_nothing_is_asked_for():
   """What was committed in steps without a proposal is read later."""
   model, head = cycles.model(), knows_some()

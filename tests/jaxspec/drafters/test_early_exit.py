@@ -48,6 +48,7 @@ def stopping(tiny):
   return EarlyExit(head, BUSHY, stop=0.1, show=0.2)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("choices, attention", [
     pytest.param(CHAIN, False, marks=pytest.mark.slow), (BUSHY, True),
     pytest.param(CHAIN, True, marks=pytest.mark.slow),

@@ -92,6 +92,7 @@ def test_it_learns_whom_to_believe(small, plain):
   assert np.asarray(proposal.depths).tolist() == [[0, 1, 2, 3]] * 3
 
 
+@pytest.mark.medium
 def test_a_late_row_begins_with_no_grudge(small, plain):
   union = Union((scripted(plain, 2), scripted(plain, 2, shift=1)), nodes=5)
   state = batches.run(small, union, PROMPTS, LONG, capacity=80)

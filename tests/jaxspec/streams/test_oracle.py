@@ -46,6 +46,7 @@ def test_logits_over_64_rows(model, name):
   np.testing.assert_allclose(found[live], wanted[live], atol=2e-4)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["reading", "table"])
 def test_a_session_is_the_reference_loop(model, name):
   layout = layouts.reading() if name == "reading" else TALK
