@@ -4,7 +4,7 @@
   python -m experiments.expert_products
 
 - `blocks`: a few tokens of one expert at a time (what `jaxspec.models.moe`
-  does, but on a TPU).
+  does on a CPU).
 - `ragged`: `lax.ragged_dot_general`, as XLA computes it.
 - `dense`: every token with every expert.
 """

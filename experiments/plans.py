@@ -73,6 +73,12 @@ class Line:
   def key(self) -> str:
     return ",".join(f"{k}={v}" for k, v in dataclasses.asdict(self).items())
 
+  @property
+  def axes(self) -> tuple[tuple[str, int], ...]:
+    """The mesh as a plan takes it; empty where none is named."""
+    return tuple((axis, int(n)) for axis, n in (
+        part.split("=") for part in self.mesh.split(",") if part))
+
 
 PUBLIC = Line("llama3.1-70b", "v5e:4x4", "tensor=8,sequence=2", dtype="int8")
 # One of each model first, the dearest last.
@@ -143,11 +149,9 @@ def examine(line: Line, names: Sequence[str] = ("decode",)
   """One line: the plan of these programs, and what is counted by hand."""
   from jaxspec import planning
   config = planning.read_config(line.model)
-  mesh = tuple((a, int(n)) for a, n in (
-      part.split("=") for part in line.mesh.split(",") if part))
   setup = planning.Setup(
       config, line.topology,
-      mesh or planning.default_mesh(config, line.topology, line.rows),
+      line.axes or planning.default_mesh(config, line.topology, line.rows),
       rows=line.rows, capacity=line.capacity, prompt=line.prompt,
       dtype=line.dtype, kernels=line.kernels)
   start = time.perf_counter()
@@ -189,10 +193,8 @@ def against_the_public_figure(found: dict[str, Any]) -> dict[str, Any]:
   setup = planning.Setup(config, "", rows=0, dtype="int8")
   embedding = 2 * config.vocab * config.width
   read = planning.estimate(setup) - embedding
-  mesh = tuple((axis, int(n)) for axis, n in (
-      part.split("=") for part in PUBLIC.mesh.split(",")))
   own = planning.estimate(dataclasses.replace(
-      setup, mesh=mesh)) - embedding / 16
+      setup, mesh=PUBLIC.axes)) - embedding / 16
   chip = roofline.chip("TPU v5 lite")
   assert chip is not None
   spread = 16 * chip.bandwidth / read
