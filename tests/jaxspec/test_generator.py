@@ -144,13 +144,11 @@ def test_mixed_requests_compile_nothing_and_change_no_token(
   for _ in drafted.stream([1, 2, 1, 2, 1], Options(max_new_tokens=8)):
     pass
   waits.clear()
-  programs = loop.decode._cache_size(), loop.insert._cache_size()
   with count_compiles() as compiles:
     found = drafted.generate(*many)
     streamed = [list(drafted.stream(p, o))[-1].completion
                 for p, o in zip(many[0][:8], many[1][:8])]
   assert compiles.count == 0
-  assert (loop.decode._cache_size(), loop.insert._cache_size()) == programs
   same(found, told)
   same(streamed, told[:8])
   assert accepted(found) > 100
