@@ -182,7 +182,6 @@ class Generator:
     self._buckets = buckets(self.capacity)
     # All programs that need no step by step: those of a folder, or jitted.
     self._programs: Any = loop
-    self.executables_problem = ""
     if executables is not None:
       self._take_executables(executables, drafter, cache, kernels)
     self._meter: Meter | None = None
@@ -215,7 +214,14 @@ class Generator:
             capacity=self.capacity, cache_dtype=self.cache_dtype.name,
             dtype=self.model.embedding[...].dtype.name,
             tree=executables.outline(self.drafter)), self.mesh)
-    self.executables_problem = self._programs.problem
+
+  @property
+  def executables_problem(self) -> str:
+    """Why programs are compiled that should have been loaded, or "".
+
+    A file is read when its program is first needed, so it may come late.
+    """
+    return getattr(self._programs, "problem", "")
 
   @classmethod
   def load(cls, model: str, *, dtype: str | None = None,

@@ -11,6 +11,7 @@ flag's default; None means "not set".
 """
 
 import contextlib
+import logging
 import os
 import re
 import stat
@@ -109,6 +110,20 @@ def guard(body: Callable[[], int]) -> int:
 def say(message: str) -> None:
   """Prints a line for the person at the terminal, apart from any output."""
   print(f"jaxspec: {message}", file=sys.stderr, flush=True)
+
+
+class _Sayer(logging.Handler):
+  """Prints what is logged as `say` does."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    say(record.getMessage())
+
+
+def _say_what_is_logged(name: str) -> None:
+  """Has the warnings of a module printed for the person at the terminal."""
+  logger = logging.getLogger(name)
+  if not any(isinstance(h, _Sayer) for h in logger.handlers):
+    logger.addHandler(_Sayer())
 
 
 # Flags.
@@ -642,6 +657,7 @@ def load_generator(settings: types.SimpleNamespace) -> Generator:
       raise InputError(f"--executables={settings.executables} {problem}, and "
                        "programs are run; use a folder that is yours alone")
     more["executables"] = folder
+    _say_what_is_logged("jaxspec.executables")
   generator = load_model(
     settings,
     drafter=settings.drafter,
@@ -654,8 +670,6 @@ def load_generator(settings: types.SimpleNamespace) -> Generator:
     adapter=settings.adapter,
     **more,
   )
-  if more.get("executables") and generator.executables_problem:
-    say(f"programs are compiled: {generator.executables_problem}")
   if verifier.partition(":")[0] == "simulated":
     say("warning: acceptance is simulated; the text is not the model's")
   return generator

@@ -163,7 +163,7 @@ def main(settings: types.SimpleNamespace) -> int:
 
   most = max((int(t[4:]) for t in settings.topology
               if t.startswith("cpu:") and t[4:].isdigit()), default=0)
-  if most:
+  if most > jax.config.jax_num_cpu_devices:
     jax.config.update("jax_num_cpu_devices", most)
   from jaxspec import planning
 
