@@ -43,6 +43,8 @@ LINKS: dict[str, Link] = {
 # A float32 product takes so many times a bfloat16 one: six passes of the
 # matrix unit of a TPU; on a GPU, units apart (67 of 989 teraflops).
 _FLOAT32 = {"TPU": 6.0, "NVIDIA": 14.8}
+# What is multiplied as eight bits are, by the names of HLO.
+EIGHT_BITS = frozenset({"s8", "u8", "s4", "u4"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,7 @@ def together(costs: Mapping[str, Cost], scopes: Iterable[str], kind: str
 
 
 def _peak(chip: Chip, kind: str, dtype: str) -> float:
-  if dtype in ("s8", "u8", "s4", "u4"):
+  if dtype in EIGHT_BITS:
     return chip.int8 or chip.bf16
   if dtype in ("f32", "f64"):
     return chip.bf16 / _FLOAT32[kind.split()[0].rstrip("7x")]
