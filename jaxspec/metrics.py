@@ -13,11 +13,15 @@ all drafts in which that position was accepted.
 """
 
 import dataclasses
+import itertools
+import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+
+from jaxspec.errors import InputError
 
 
 @dataclasses.dataclass
@@ -284,6 +288,67 @@ def total(stats: Iterable[Stats], wall_seconds: float | None = None) -> Stats:
   if wall_seconds is not None:
     whole.wall_seconds = wall_seconds
   return whole
+
+
+def stored_acceptance(path: str, drafter: str) -> tuple[list[float], int]:
+  """The shares of passes that accepted something at each depth, as stored.
+
+  Args:
+    path: a file of JSON, or of lines of it, that holds statistics at any
+      depth: what `decode --output` writes, or an experiment of speculation.
+    drafter: whose they must be, as it is named there. One of other settings
+      is taken where it is the only one of its name.
+
+  Returns:
+    Them, and the passes that they are of.
+
+  Raises:
+    InputError: there are none in the file.
+  """
+  try:
+    with open(path, encoding="utf-8") as file:
+      text = file.read()
+    try:
+      content = json.loads(text)
+    except ValueError:
+      content = [json.loads(line) for line in text.splitlines() if line.strip()]
+  except OSError as e:
+    raise InputError(f"cannot read {path}: {e.strerror}") from e
+  except ValueError as e:
+    raise InputError(f"{path} is no JSON ({e}); pass a file of statistics, as "
+                     "decode --output writes it") from e
+  found: dict[str, list[tuple[int, list[int]]]] = {}
+  for item in _dicts(content):
+    accepted, passes = item.get("accepted_by_position"), item.get("passes")
+    if isinstance(passes, list):         # of each row
+      passes = sum(passes)
+    if isinstance(accepted, list) and accepted and passes:
+      name = str(item.get("drafter", ""))
+      found.setdefault(name, []).append((passes, accepted))
+  if not found:
+    raise InputError(
+      f"{path} holds no statistics of drafts (accepted_by_position and "
+      "passes); pass one that decode --output or experiments.speculation wrote")
+  names = [name for name in found if name == drafter] or [
+    name for name in found
+    if name.partition(":")[0] == drafter.partition(":")[0]]
+  if len(names) != 1:
+    raise InputError(
+      f"{path} holds statistics of {', '.join(sorted(found))}, and --drafter="
+      f"{drafter} is {'several' if names else 'none'} of them; name one")
+  stats = found[names[0]]
+  passes = sum(count for count, _ in stats)
+  depths = itertools.zip_longest(*(counts for _, counts in stats), fillvalue=0)
+  return [sum(depth) / passes for depth in depths], passes
+
+
+def _dicts(content: Any) -> Iterator[dict[str, Any]]:
+  """All objects in what JSON holds, from the outside in."""
+  if isinstance(content, dict):
+    yield content
+    content = list(content.values())
+  for item in content if isinstance(content, list) else ():
+    yield from _dicts(item)
 
 
 def memory_in_use() -> str:
