@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import pathlib
 import re
 import tempfile
@@ -360,6 +361,12 @@ class Blueprint:
         shape, dtype, sharding=NamedSharding(self.mesh, PartitionSpec()))
 
 
+def stored_in(setup: Setup) -> str:
+  """The type of keys and values of a setup."""
+  mesh = sharding.make_mesh(dict(setup.mesh), devices(setup.topology))
+  return caches.stored_in(mesh, setup.wide, setup.cache_dtype).name
+
+
 def placed(make: Callable[..., Any], *given: Any) -> Any:
   """The shapes of what `make` gives, where a compiled program puts them."""
   return jax.tree.map(
@@ -680,17 +687,44 @@ def _refusal(error: BaseException) -> str:
   return found[1] if found else text[:300]
 
 
-@functools.cache
 def capacity_of(topology: str) -> float | None:
   """Bytes that programs may use on a device, or None where nobody knows.
 
-  A compiler for TPUs says it when it is asked for far too much; of a GPU, the
-  published size is taken.
+  A compiler for TPUs says it when it is asked for far too much. Of a GPU it is
+  the share that jax takes (see `gpu_share`) of the smaller of two figures: the
+  published size, and what the device says of itself.
   """
+  share = gpu_share(topology)
+  if share is not None:
+    name, _, memory = _GPUS[topology.partition(":")[0]]
+    known = roofline.chip(name)
+    return share * min(memory, known.memory if known else memory)
+  return _as_the_compiler_says(topology)
+
+
+def gpu_share(topology: str) -> float | None:
+  """The share of a GPU's memory that jax takes; None where it is no GPU.
+
+  Raises:
+    InputError: XLA_CLIENT_MEM_FRACTION is no share.
+  """
+  if topology.partition(":")[0] not in _GPUS:
+    return None
+  for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+    text = os.environ.get(name)
+    if text:
+      if not re.fullmatch(r"0?\.\d+|1(\.0*)?", text):
+        raise InputError(f"{name}={text} is no share of a GPU's memory; set it "
+                         "to a number such as .9, or leave it out")
+      return float(text)
+  return 0.75
+
+
+@functools.cache
+def _as_the_compiler_says(topology: str) -> float | None:
   device = devices(topology)[0]
   if device.platform != "tpu":
-    known = roofline.chip(device.device_kind)
-    return float(known.memory) if known else None
+    return None
   mesh = Mesh(np.array([device]), ("one",))
   much = jax.ShapeDtypeStruct(
       (1 << 40,), jnp.int8, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -706,9 +740,10 @@ def capacity_of(topology: str) -> float | None:
 class _compiler_settings:
   """Programs for devices that are not there cannot be read back."""
 
-  def __init__(self, topology: str, always: bool = False):
+  def __init__(self, *topologies: str, always: bool = False):
     """Args: always: nor can those that are written, once they were."""
-    self._absent = always or not topology.startswith("cpu")
+    self._absent = always or not all(
+        topology.startswith("cpu") for topology in topologies)
 
   def __enter__(self) -> None:
     self._cache = jax.config.jax_enable_compilation_cache
@@ -806,6 +841,13 @@ def keep(setup: Setup, folder: str | pathlib.Path, *, workers: int = 1
   if setup.dtype == "int8":
     raise InputError("programs of a model in eight bits are not kept, for "
                      "decode loads none; leave out --save, or --dtype")
+  hosts = {device.process_index for device in devices(setup.topology)}
+  if len(hosts) > 1:
+    raise InputError(
+        f"programs for {setup.topology} are not kept: its {len(hosts)} hosts "
+        "decode together, and decode --executables loads programs of one "
+        "process alone; leave out --save, and give decode "
+        "--compilation_cache_dir=FOLDER, so that a second start is warm")
   blueprint = Blueprint(setup)
   model, drafter, state = blueprint.model, blueprint.drafter, blueprint.state
   mesh, rows = blueprint.mesh, setup.rows
@@ -939,9 +981,10 @@ def estimate(setup: Setup) -> float:
   mesh = jax.sharding.AbstractMesh(
       tuple(sizes.get(axis, 1) for axis in sharding.MESH_AXES),
       sharding.MESH_AXES)
-  weights = 0
-  for leaf in jax.tree.leaves(abstract(config, setup, mesh)):
-    weights += _bytes_on_a_device(leaf)
+  # All layers are alike, and tracing many takes seconds.
+  one, two = (_weights(shallow(config, depth), setup.wide.name, setup.dtype,
+                       mesh) for depth in (1, 2))
+  weights = one + (config.depth - 1) * (two - one)
   rows = setup.rows // sizes.get("data", 1)
   heads = config.kv_heads // sizes.get("tensor", 1)
   split = (sizes.get("sequence", 1)
@@ -952,6 +995,13 @@ def estimate(setup: Setup) -> float:
   width = jnp.dtype(setup.cache_dtype or setup.wide).itemsize
   return (weights
           + 2.0 * rows * heads * config.head_size * slots // split * width)
+
+
+@functools.cache
+def _weights(config: Config, wide: str, dtype: str, mesh: Any) -> int:
+  setup = Setup(config, "", dtype=dtype if dtype == "int8" else wide)
+  return sum(map(_bytes_on_a_device,
+                 jax.tree.leaves(abstract(config, setup, mesh))))
 
 
 def changes(setup: Setup) -> list[tuple[str, Setup]]:
@@ -977,6 +1027,8 @@ def changes(setup: Setup) -> list[tuple[str, Setup]]:
   while rows and rows % dict(setup.mesh).get("data", 1) == 0:
     change(f"--rows={rows}", rows=rows)
     rows //= 2
+  if setup.dtype != "int8":
+    change("--dtype=int8", dtype="int8")     # another law, though near it
   kind, _, shape = setup.topology.partition(":")
   slices = _SLICES.get(kind, "").split()
   larger = slices[slices.index(shape) + 1:] if shape in slices else []
@@ -1011,7 +1063,10 @@ def remedies(setup: Setup, count: int = 3, **how: Any
     # What is tight by hand is too much with what programs need beside it.
     if room is None or 1.02 * estimate(changed) > room:
       continue
-    plan = make(changed, **how)
+    try:
+      plan = make(changed, **how)
+    except InputError:     # such as a mesh that heads do not go over
+      continue
     if plan.fits:
       sorts.add(sort)
       found.append((words, plan))
@@ -1020,21 +1075,68 @@ def remedies(setup: Setup, count: int = 3, **how: Any
   return found
 
 
-def sweep(setup: Setup, topologies: Sequence[str], **how: Any) -> list[Plan]:
+def sweep(setup: Setup, topologies: Sequence[str], *, workers: int = 1,
+          scaled: bool = False,
+          on_plan: Callable[[Plan], None] = lambda plan: None,
+          on_drop: Callable[[Setup, str], None] = lambda setup, why: None
+          ) -> list[Plan]:
   """The decoding loop of a setup on all meshes of some topologies.
 
-  What weights and cache alone are too much for is left out.
+  Where that fits, the program that reads prompts is compiled too, for it may
+  take more.
+
+  Args:
+    workers: setups at a time.
+    scaled: see `make`.
+    on_plan: called with each plan as soon as it is there.
+    on_drop: called with what is not planned, and why.
   """
-  plans = []
+  some: list[Setup] = []
   for topology in topologies:
     room = capacity_of(topology)
-    for mesh in meshes(setup.config, len(devices(topology)), setup.rows,
-                       setup.capacity):
-      some = dataclasses.replace(setup, topology=topology, mesh=mesh)
-      if room is not None and estimate(some) > room:
-        continue
-      plans.append(make(some, ("decode",), **how))
-  return plans
+    count = len(devices(topology))
+    found = meshes(setup.config, count, setup.rows, setup.capacity)
+    if not found:
+      on_drop(dataclasses.replace(setup, topology=topology), (
+          f"no mesh spreads {setup.config.kv_heads} key/value heads and "
+          f"{setup.rows} rows over {count} devices"))
+    for mesh in found:
+      one = dataclasses.replace(setup, topology=topology, mesh=mesh)
+      held = estimate(one)
+      if room is not None and held > room:
+        on_drop(one, f"weights and cache alone are {held / _GIB:.2f} GiB of "
+                f"{room / _GIB:.2f}")
+      else:
+        some.append(one)
+
+  def plan(one: Setup) -> Plan | InputError:
+    try:
+      made = make(one, ("decode",), scaled=scaled)
+      if made.fits:
+        more = make(one, ("prefill",), scaled=scaled)
+        made = dataclasses.replace(
+            made, programs={**made.programs, **more.programs})
+      return made
+    except InputError as e:
+      return e
+
+  plans = []
+  # Around all of them: each would undo what another has set.
+  with _compiler_settings(*topologies), \
+      concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    waiting = {pool.submit(plan, one): one for one in some}
+    try:
+      for done in concurrent.futures.as_completed(waiting):
+        made = done.result()
+        if isinstance(made, Plan):
+          plans.append(made)
+          on_plan(made)
+        else:
+          on_drop(waiting[done], str(made))
+    finally:
+      pool.shutdown(cancel_futures=True)
+  order = {one: at for at, one in enumerate(some)}
+  return sorted(plans, key=lambda plan: order[plan.setup])
 
 
 __all__ = ["Blueprint", "Plan", "Program", "Setup", "devices", "keep",

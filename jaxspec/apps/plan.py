@@ -9,8 +9,10 @@ how much, what a step computes, moves and exchanges, how long that takes at
 least by the published figures of the chip, and what limits it.
 """
 
+import dataclasses
 import json
 import os
+import shlex
 import types
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -75,7 +77,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flag_values=values,
   )
   flags.DEFINE_integer(
-    "prompt", 512, "tokens of a prompt, for the time it takes to read",
+    "prompt", 512, "tokens of a prompt, for the time it takes to read, and "
+    "the memory",
     flag_values=values,
   )
   flags.DEFINE_enum(
@@ -88,10 +91,11 @@ def define_flags(values: flags.FlagValues) -> None:
   string("kernels", None, "as for decode")
   flags.DEFINE_list(
     "acceptance",
-    ["0.6"],
-    "the rate at which a draft is accepted behind accepted ones; or, several "
-    "numbers, the shares of passes that accept something at each depth, as "
-    "decode reports them",
+    None,
+    "the rate at which a draft is accepted behind accepted ones, by default "
+    "0.6; or, several numbers, the shares of passes that accept something at "
+    "each depth, as decode reports them; or a file of stored statistics: what "
+    "decode --output or experiments wrote, of the same drafter",
     flag_values=values,
   )
   flags.DEFINE_boolean(
@@ -116,13 +120,14 @@ def define_flags(values: flags.FlagValues) -> None:
   )
   flags.DEFINE_boolean(
     "remedies",
-    True,
+    None,
     "where it does not fit, look for three changes that make it fit and "
-    "compile each",
+    "compile each; by default so",
     flag_values=values,
   )
   flags.DEFINE_integer(
-    "workers", 2, "programs compiled at a time", flag_values=values
+    "workers", 2, "programs compiled at a time; of --sweep, setups",
+    flag_values=values,
   )
   string(
     "save",
@@ -138,7 +143,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flag_values=values,
   )
   string("json", None, "a file for all figures")
-  string("plot", None, "a file for a picture: memory, and time of a step")
+  string("plot", None, "a file for a picture: memory, time of a step, and the "
+         "roofline of the chip with a point a program")
 
 
 def main(settings: types.SimpleNamespace) -> int:
@@ -146,19 +152,10 @@ def main(settings: types.SimpleNamespace) -> int:
   if not settings.topology:
     raise InputError("--topology is missing; name one such as v5e:4x4, "
                      "v6e:2x4 or h100:8")
-  if settings.workers < 1 or min(settings.rows, default=0) < 1:
-    raise InputError("--rows and --workers must be at least 1")
-  if settings.sweep and settings.mesh:
-    raise InputError("--sweep tries all meshes; leave out --mesh")
-  if settings.price and not settings.sweep:
-    raise InputError("--price is for --sweep; add that, or leave it out")
-  if settings.profile and (settings.sweep or settings.few_layers
-                           or settings.save):
-    raise InputError("--profile is of one program with all its layers; leave "
-                     "out --sweep, --few_layers and --save")
-  acceptance = _shares(settings.acceptance)
+  _check(settings)
   for name, value in WITHOUT_DEVICE.items():
     os.environ.setdefault(name, value)
+  acceptance = _shares(settings.acceptance or ["0.6"], settings.drafter)
   import jax
 
   most = max((int(t[4:]) for t in settings.topology
@@ -171,42 +168,101 @@ def main(settings: types.SimpleNamespace) -> int:
   if settings.save:
     return _save(settings, setups)
   how = dict(workers=settings.workers, scaled=settings.few_layers)
+  plans: list[Plan] = []
+
+  def add(plan: Plan) -> None:
+    """Writes after each, so that an error loses none."""
+    plans.append(plan)
+    _write(settings, plans, acceptance)
+
   if settings.sweep:
-    plans = []
+    dropped: list[tuple[Any, str]] = []
     for setup in setups:
-      plans += planning.sweep(setup, settings.topology, **how)
+      planning.sweep(setup, settings.topology, on_plan=add,
+                     on_drop=lambda *why: dropped.append(why), **how)
     plans.sort(key=lambda p: _cost(p, acceptance, settings.price))
-    _say_sweep(settings.model, plans, acceptance, settings.price)
+    _write(settings, plans, acceptance)
+    _say_sweep(settings.model, plans, dropped, acceptance, settings.price)
   else:
-    plans = []
     for setup in setups:
       plan = planning.make(setup, **how)
-      plans.append(plan)
+      add(plan)
       for line in report(settings.model, plan, acceptance):
         print(line, flush=True)
       if settings.profile and plan.timed:
         print("\n".join(profile(plan)), flush=True)
-      if not plan.fits and settings.remedies:
+      if not plan.fits and settings.remedies is not False:
         _say_remedies(planning.remedies(setup, **how))
-  if settings.json:
-    launch.write(settings.json, json.dumps(
-      [plan.as_dict(acceptance) for plan in plans], indent=2) + "\n")
   if settings.plot:
     plot(settings.plot, settings.model, plans, acceptance)
   return 0 if any(plan.fits for plan in plans) else 1
+
+
+def _check(settings: types.SimpleNamespace) -> None:
+  """Refuses what cannot be, and what would be given in vain."""
+  if settings.workers < 1 or min(settings.rows, default=0) < 1:
+    raise InputError("--rows and --workers must be at least 1")
+  if settings.sweep and settings.mesh:
+    raise InputError("--sweep tries all meshes; leave out --mesh")
+  if settings.price and not settings.sweep:
+    raise InputError("--price is for --sweep; add that, or leave it out")
+  for topology in settings.topology if settings.price else ():
+    kind = topology.partition(":")[0]
+    if kind not in settings.price:
+      raise InputError(
+        f"--price does not say what {kind} costs; add {kind}=...")
+  if settings.profile and (settings.sweep or settings.few_layers
+                           or settings.save):
+    raise InputError("--profile is of one program with all its layers; leave "
+                     "out --sweep, --few_layers and --save")
+  if settings.sweep and settings.remedies is not None:
+    raise InputError("--remedies is of one setup, and --sweep tries many; "
+                     "leave out one of them")
+  if not settings.save:
+    return
+  if (len(settings.topology) != 1 or len(settings.rows) != 1
+      or settings.sweep or settings.few_layers):
+    raise InputError("--save is for one topology and one number of rows, "
+                     "without --sweep and --few_layers")
+  for name in ("json", "plot", "acceptance", "remedies"):
+    if getattr(settings, name) is not None:
+      raise InputError(f"--save writes programs and makes no plan, of which "
+                       f"--{name} is; leave out one of them")
+
+
+def _write(settings: types.SimpleNamespace, plans: Sequence[Plan],
+           acceptance: Sequence[float]) -> None:
+  if settings.json:
+    launch.write(settings.json, json.dumps(
+      [plan.as_dict(acceptance) for plan in plans], indent=2) + "\n")
 
 
 def _save(settings: types.SimpleNamespace, setups: Sequence[Any]) -> int:
   """Writes the programs of one setup."""
   from jaxspec import planning
 
-  if len(setups) != 1 or settings.sweep or settings.few_layers:
-    raise InputError("--save is for one topology and one number of rows, "
-                     "without --sweep and --few_layers")
-  seconds = planning.keep(setups[0], settings.save, workers=settings.workers)
+  (setup,) = setups
+  if settings.cache_dtype is not None:
+    ours, theirs = (planning.stored_in(one) for one in (
+      setup, dataclasses.replace(setup, cache_dtype=None)))
+    if ours != theirs:
+      raise InputError(
+        f"--save with --cache_dtype={settings.cache_dtype}: decode has no such "
+        f"flag and keeps keys and values as {theirs} with these weights; leave "
+        "it out")
+  seconds = planning.keep(setup, settings.save, workers=settings.workers)
   for name, took in seconds.items():
     print(f"{name}: compiled in {took:.1f} s")
-  print(f"{len(seconds)} programs are in {settings.save}")
+  print(f"{len(seconds)} programs are in {settings.save}, for")
+  flags_ = dict(
+    model=settings.model, dtype=setup.dtype,
+    mesh=",".join(f"{axis}={n}" for axis, n in setup.mesh),
+    drafter=setup.drafter, verifier=setup.verifier, rows=setup.rows,
+    capacity=setup.capacity, cache=setup.cache, kernels=setup.kernels,
+    executables=settings.save)
+  print("  python -m jaxspec decode " + " ".join(
+    shlex.quote(f"--{name}={value}") for name, value in flags_.items()
+    if value is not None))
   return 0
 
 
@@ -232,21 +288,34 @@ def _setups(settings: types.SimpleNamespace) -> list[Any]:
         mesh = planning.default_mesh(
           config, topology, rows, settings.capacity)
       setups.append(planning.Setup(
-        config, topology, mesh, settings.drafter, settings.verifier, rows,
-        settings.capacity, settings.prompt, settings.dtype, settings.cache,
-        settings.cache_dtype, settings.kernels,
+        config=config, topology=topology, mesh=mesh, drafter=settings.drafter,
+        verifier=settings.verifier, rows=rows, capacity=settings.capacity,
+        prompt=settings.prompt, dtype=settings.dtype, cache=settings.cache,
+        cache_dtype=settings.cache_dtype, kernels=settings.kernels,
       ))
   return setups
 
 
-def _shares(texts: Sequence[str]) -> list[float]:
+def _shares(texts: Sequence[str], drafter: str) -> list[float]:
+  """What --acceptance says: numbers, or a file that holds them."""
+  (only, *more) = texts
+  path = os.path.expanduser(only)
+  if not more and os.path.isfile(path):
+    from jaxspec import metrics
+
+    found, passes = metrics.stored_acceptance(path, drafter)
+    print(f"of {passes} passes in {only}, the share that accepted something at "
+          "each depth: " + " ".join(f"{share:.3f}" for share in found))
+    # One number alone would be a rate at every depth.
+    return found if len(found) > 1 else [*found, 0.0]
   try:
     found = [float(text) for text in texts]
   except ValueError:
     found = []
   if not found or not all(0 <= share <= 1 for share in found):
     raise InputError("--acceptance must be numbers in [0, 1], as 0.6 or "
-                     f"0.7,0.5,0.3; got {','.join(texts)}")
+                     "0.7,0.5,0.3, or a file as decode --output writes it; got "
+                     f"{','.join(texts)}, which is neither")
   return found
 
 
@@ -260,6 +329,7 @@ def report(model: str, plan: Plan, acceptance: Sequence[float]) -> list[str]:
   lines = [
     f"{model}: {setup.said()} ({setup.devices} x {plan.kind}){counted}",
     f"  {verdict(plan)}",
+    *_room(plan),
     f"  GiB on each device: weights {plan.weights / _GIB:.2f}, cache "
     f"{plan.cache / _GIB:.2f}, drafter {plan.draft / _GIB:.2f}, text "
     f"{plan.text / _GIB:.2f}, temporaries {plan.working / _GIB:.2f} (fresh "
@@ -366,21 +436,32 @@ def verdict(plan: Plan) -> str:
   return f"does not fit: {-plan.free / _GIB:.2f} GiB more than there are {room}"
 
 
+def _room(plan: Plan) -> list[str]:
+  """Why it is less than the device has."""
+  from jaxspec import planning
+
+  share = planning.gpu_share(plan.setup.topology)
+  if share is None:
+    return []
+  return [f"  of a GPU's memory jax takes {share:.0%}; "
+          "XLA_CLIENT_MEM_FRACTION, where plan and decode run, sets another "
+          "share"]
+
+
 def _cost(plan: Plan, acceptance: Sequence[float],
           prices: dict[str, float] | None) -> float:
   """Of a million tokens: money, or chip-seconds; infinite if it cannot be."""
   if not plan.fits or not plan.timed:
     return float("inf")
   kind = plan.setup.topology.partition(":")[0]
-  if prices is not None and kind not in prices:
-    raise InputError(f"--price does not say what {kind} costs; add {kind}=...")
   # Two devices of tpu7x are a chip.
   chips = plan.setup.devices / (2 if kind == "tpu7x" else 1)
   seconds = 1e6 / (plan.setup.rows * plan.per_second(acceptance))
   return chips * seconds * (prices[kind] / 3600 if prices else 1.0)
 
 
-def _say_sweep(model: str, plans: Sequence[Plan], acceptance: Sequence[float],
+def _say_sweep(model: str, plans: Sequence[Plan],
+               dropped: Sequence[tuple[Any, str]], acceptance: Sequence[float],
                prices: dict[str, float] | None) -> None:
   unit = "$ a million" if prices else "chip-s a million"
   print(f"{model}, cheapest first\n  {unit:>17}{'tokens/s a row':>16}"
@@ -393,8 +474,8 @@ def _say_sweep(model: str, plans: Sequence[Plan], acceptance: Sequence[float],
             f"{plan.step().limit:<13} {plan.setup.said()}")
     else:
       print(f"  {verdict(plan)}: {plan.setup.said()}")
-  if not plans:
-    print("  weights and cache alone are too much for each of them")
+  for setup, why in dropped:
+    print(f"  left out, {why}: {setup.said()}")
 
 
 def _say_remedies(found: Sequence[tuple[str, Plan]]) -> None:
@@ -412,14 +493,25 @@ def _say_remedies(found: Sequence[tuple[str, Plan]]) -> None:
 
 def plot(path: str, model: str, plans: Sequence[Plan],
          acceptance: Sequence[float]) -> None:
-  """Draws memory of a device, and time of a step."""
+  """Draws memory of a device, time of a step, and rooflines."""
+  try:
+    draw(model, plans, acceptance).savefig(os.path.expanduser(path), dpi=150)
+  except (OSError, ValueError) as e:     # a folder, or an unknown ending
+    raise InputError(f"--plot={path} cannot be written: {e}") from e
+
+
+def draw(model: str, plans: Sequence[Plan], acceptance: Sequence[float]
+         ) -> Any:
+  """The figure: memory of a device, time of a step, and rooflines."""
   try:
     import matplotlib.figure
   except ImportError as e:
     raise InputError("--plot needs matplotlib; pip install matplotlib") from e
   figure = matplotlib.figure.Figure(
-    figsize=(11, 1.8 + 0.5 * len(plans)), layout="constrained")
-  memory, time = figure.subplots(1, 2, sharey=True)
+    figsize=(16, max(1.8 + 0.5 * len(plans), 4.5)), layout="constrained")
+  memory, time, roof = figure.subplots(1, 3)
+  time.sharey(memory)
+  time.tick_params(labelleft=False)
   labels = [f"{p.setup.topology} rows {p.setup.rows}\n" + " ".join(
     f"{a}={n}" for a, n in p.setup.mesh) for p in plans]
   at = range(len(plans))
@@ -445,5 +537,53 @@ def plot(path: str, model: str, plans: Sequence[Plan],
                   (1e3 * plan.step().seconds, i), va="center", fontsize=8)
   time.set_xlabel("milliseconds of a step, at least")
   time.legend(fontsize="small")
+  _draw_rooflines(roof, [plan for _, plan in timed])
   figure.suptitle(model)
-  figure.savefig(os.path.expanduser(path), dpi=150)
+  return figure
+
+
+def _draw_rooflines(axes: Any, plans: Sequence[Plan]) -> None:
+  """What each chip allows, and what each program makes of it at most.
+
+  A point is below its roof by what it exchanges with other devices, and by
+  where memory and arithmetic are wanted one after another.
+  """
+  from jaxspec import roofline
+
+  points = []
+  for plan in plans:
+    for name, program in plan.programs.items():
+      cost = program.cost
+      if not program.refused and cost.bytes and cost.all_flops:
+        seconds = roofline.together(
+          program.costs, program.costs, plan.kind).seconds
+        points.append((plan, name, cost.all_flops / cost.bytes,
+                       cost.all_flops / seconds))
+  eight = any(set(program.cost.flops) & roofline.EIGHT_BITS
+              for plan in plans for program in plan.programs.values())
+  edges = [x for _, _, x, _ in points]
+  for kind in dict.fromkeys(plan.kind for plan in plans):
+    chip = roofline.chip(kind)
+    assert chip is not None              # or it would not be timed
+    peaks = [("bfloat16", chip.bf16)]
+    if eight and chip.int8:
+      peaks.append(("int8", chip.int8))
+    for dtype, peak in peaks:
+      ridge = peak / chip.bandwidth
+      xs = [min([*edges, ridge]) / 4, ridge, max([*edges, ridge]) * 4]
+      axes.plot(xs, [min(peak, x * chip.bandwidth) for x in xs],
+                label=f"{kind}, {dtype}")
+  marks = dict(zip(dict.fromkeys(name for _, name, _, _ in points), "osD^v<>"))
+  shown = set()
+  for plan, name, x, y in points:
+    axes.plot([x], [y], marks[name], color="k", fillstyle="none",
+              label=None if name in shown else name)
+    shown.add(name)
+    axes.annotate(f" {plan.setup.topology} rows {plan.setup.rows}", (x, y),
+                  fontsize=6)
+  axes.set_xscale("log")
+  axes.set_yscale("log")
+  axes.set_xlabel("FLOP a byte moved")
+  axes.set_ylabel("FLOP/s of a device, at most")
+  if points:
+    axes.legend(fontsize="small")

@@ -8,6 +8,8 @@ programs for TPUs exchange is in `test_collectives.py`.
 import dataclasses
 import json
 import math
+import re
+import threading
 
 import jax
 import pytest
@@ -309,10 +311,124 @@ def test_what_makes_it_fit_is_compiled(monkeypatch):
   assert all(plan.fits for _, plan in found)
 
 
+def test_changes_are_of_every_sort(monkeypatch):
+  """Gentle ones first: what is another law comes before what is dearer."""
+  some = Setup(architectures.sizes("llama3-8b"), "v5e:1x1", (("tensor", 1),),
+               rows=4)
+  monkeypatch.setattr(planning, "devices", lambda topology: [None])
+  words = [words for words, _ in planning.changes(some)]
+  sorts = list(dict.fromkeys(w.partition("=")[0] for w in words))
+  assert sorts == ["--capacity", "--rows", "--dtype", "--topology"]
+  assert {"--capacity=1024", "--rows=2", "--rows=1", "--dtype=int8"} <= set(
+      words)
+  assert not any(words.startswith("--dtype") for words, _ in planning.changes(
+      dataclasses.replace(some, dtype="int8")))
+
+
+@pytest.mark.medium
+def test_a_refusal_is_the_compilers_and_changes_are_compiled(tpu_compiler):
+  """One layer of 16.6 GiB on a chip of 15.75, and nothing is faked."""
+  config = tiny_config(
+      depth=1, width=8192, heads=8, kv_heads=8, head_size=128, mlp=360448,
+      vocab=1024, context=4096)
+  some = Setup(config, "v5e:1x1", (("tensor", 1),), rows=8, kernels="xla")
+  plan = planning.make(some, ["decode"])
+  assert plan.capacity == 15.75 * 2**30
+  assert not plan.fits and re.search(
+      r"Ran out of memory on HBM.* \(16\.6\d?G\) exceeds available HBM "
+      r"\(15\.75G\)$", plan.refused)
+  found = planning.remedies(some, count=2, names=["decode"])
+  assert [words for words, _ in found] == [
+      "--dtype=int8", "--topology=v5e:2x2 --mesh=tensor=4"]
+  for _, plan in found:
+    decode = plan.programs["decode"]
+    memory = decode.compiled.memory_analysis()
+    assert plan.fits and not decode.refused
+    assert plan.held == pytest.approx(memory.argument_size_in_bytes, rel=0.02)
+    assert 0 < plan.free < plan.capacity
+
+
+@pytest.mark.parametrize("topology, capacity", [
+    ("h100:1", 0.75 * 84929347584), ("h100:8", 0.75 * 84929347584),
+    ("h200:1", 0.75 * 151397597184)])
+def test_of_a_gpu_there_is_what_jax_takes(topology, capacity, monkeypatch):
+  for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+    monkeypatch.delenv(name, raising=False)
+  assert planning.capacity_of(topology) == capacity
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
+  assert planning.capacity_of(topology) == pytest.approx(capacity * 0.9 / 0.75)
+  assert planning.gpu_share("v5e:2x2") is None
+  monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "most")
+  with pytest.raises(InputError, match="MEM_FRACTION=most is no share"):
+    planning.capacity_of(topology)
+
+
+def test_an_h200_has_the_published_figures():
+  from jaxspec import roofline
+  known = roofline.chip("NVIDIA H200")
+  name, bandwidth, memory = planning._GPUS["h200"]
+  assert known and name == "NVIDIA H200"
+  assert known.bandwidth == bandwidth and known.memory == memory
+  # It holds what an H100 does not: 70 billion weights in eight bits.
+  some = Setup(architectures.sizes("llama3-70b"), "h200:1", (("tensor", 1),),
+               rows=1, dtype="int8")
+  held = planning.estimate(some)
+  assert planning.capacity_of("h100:1") < held < planning.capacity_of("h200:1")
+
+
+def test_programs_of_several_hosts_are_not_kept(monkeypatch):
+  class Device:
+    def __init__(self, at):
+      self.process_index = at // 8
+  monkeypatch.setattr(planning, "devices", lambda topology: tuple(
+      map(Device, range(16))))
+  some = Setup(tiny_config(), "v5e:4x4", (("data", 16),), rows=16)
+  with pytest.raises(InputError, match="its 2 hosts decode together.*"
+                     "--compilation_cache_dir=FOLDER"):
+    planning.keep(some, "folder")
+
+
 def test_a_sweep_tries_all_meshes(monkeypatch):
-  monkeypatch.setattr(planning, "make", lambda some, names: planning.Plan(
-      some, "cpu", None, planning.estimate(some), 0, 0, 0, 0, 1, 0, {}))
-  plans = planning.sweep(setup(tiny_config(depth=1)), ["cpu:2"])
+  """And of what fits, the program that reads prompts."""
+  made = []
+
+  def make(some, names, scaled):
+    made.append((some.mesh, *names))
+    (name,) = names
+    return planning.Plan(
+        some, "cpu", None, planning.estimate(some), 0, 0, 0, 0, 1, 0,
+        {name: planning.Program(name, refused="no" * (
+            name == "decode" and some.mesh == (("data", 2),)))})
+  monkeypatch.setattr(planning, "make", make)
+  seen = []
+  plans = planning.sweep(setup(tiny_config(depth=1)), ["cpu:2"],
+                         on_plan=seen.append)
   assert [p.setup.mesh for p in plans] == [(("tensor", 2),), (("data", 2),)]
   tensor, data = plans
   assert tensor.weights < data.weights
+  assert seen == plans and list(tensor.programs) == ["decode", "prefill"]
+  assert made == [((("tensor", 2),), "decode"), ((("tensor", 2),), "prefill"),
+                  ((("data", 2),), "decode")]
+
+
+def test_a_sweep_names_what_it_leaves_out(monkeypatch):
+  monkeypatch.setattr(planning, "capacity_of", lambda topology: {
+      "cpu:1": 1.0, "cpu:2": 1e9, "cpu:5": 1e9}[topology])
+  together = threading.Barrier(2, timeout=30)
+
+  def make(some, names, scaled):
+    if names == ("decode",):
+      together.wait()              # both at once, or not at all
+    if some.mesh == (("data", 2),):
+      raise InputError("no data here")
+    return planning.Plan(some, "cpu", 1e9, 1, 0, 0, 0, 0, 1, 0, {})
+  monkeypatch.setattr(planning, "make", make)
+  dropped = []
+  plans = planning.sweep(
+      setup(tiny_config(depth=1)), ["cpu:1", "cpu:2", "cpu:5"], workers=2,
+      on_drop=lambda some, why: dropped.append((some.topology, why)))
+  assert [p.setup.mesh for p in plans] == [(("tensor", 2),)]
+  assert sorted(dropped) == [
+      ("cpu:1", "weights and cache alone are 0.00 GiB of 0.00"),
+      ("cpu:2", "no data here"),
+      ("cpu:5", "no mesh spreads 2 key/value heads and 2 rows over 5 devices")]

@@ -3,6 +3,7 @@
 
 import json
 import math
+import pathlib
 import re
 
 import pytest
@@ -61,24 +62,121 @@ def test_it_says_what_fits_and_what_limits(made, capsys, tmp_path):
       "times": 160.0, "bytes": 160.0 * 131072}
 
 
-@pytest.mark.medium
 def test_what_does_not_fit_comes_with_changes_that_do(made, capsys):
   assert run("--model=llama3-8b", "--topology=v5e:1x1", "--rows=2") == 1
   out = capsys.readouterr().out
   assert re.search(r"does not fit: 0\.\d\d GiB more than there are", out)
-  assert "it fits, compiled, with\n    --topology=v5e:2x2" in out
+  assert "it fits, compiled, with\n    --dtype=int8: 6." in out
+  assert "\n    --topology=v5e:2x2" in out
 
 
-@pytest.mark.medium
-def test_a_sweep_ranks_by_price(made, capsys):
-  assert run("--model=llama3-8b", "--topology=v5e:2x4,v5e:2x2", "--sweep",
-             "--rows=4", "--price=v5e=3.6") == 0
-  lines = capsys.readouterr().out.splitlines()
-  lines = [line for line in lines[2:] if "does not fit" not in line]
+def test_a_sweep_ranks_by_price(made, capsys, tmp_path):
+  file = tmp_path / "plans.json"
+  assert run("--model=llama3-8b", "--topology=v5e:2x4,v5e:2x2,v5e:1x1",
+             "--sweep", "--rows=4", "--price=v5e=3.6", f"--json={file}") == 0
+  lines = capsys.readouterr().out.splitlines()[2:]
+  (left,) = [line for line in lines if "left out" in line]
+  assert left.startswith("  left out, weights and cache alone are 15.96 GiB of "
+                         "15.75: v5e:1x1, mesh tensor=1")
+  lines = [line for line in lines if "does not fit" not in line
+           and line != left]
   costs = [float(line.split()[0]) for line in lines]
   assert costs == sorted(costs) and len(costs) >= 4
   # All take as long here, so that fewer chips are cheaper.
   assert "v5e:2x2" in lines[0] and "v5e:2x4" in lines[-1]
+  stored = json.loads(file.read_text())
+  assert stored[0]["setup"]["topology"] == "v5e:2x2"
+  assert stored[0]["programs"].keys() >= {"decode", "prefill"}
+
+
+@pytest.mark.parametrize("more", [["--sweep"], []])
+def test_an_error_loses_no_plan(made, monkeypatch, tmp_path, more):
+  file, make = tmp_path / "plans.json", planning.make
+
+  def breaks(setup, *args, **settings):
+    if made and (setup.topology, setup.mesh) != (
+        made[0].topology, made[0].mesh):
+      raise RuntimeError("a compiler's bug")
+    return make(setup, *args, **settings)
+  monkeypatch.setattr(planning, "make", breaks)
+  with pytest.raises(RuntimeError, match="bug"):
+    run("--model=llama3-8b", "--topology=v5e:2x4,v5e:2x2", f"--json={file}",
+        "--rows=4", "--workers=1", *more)
+  (stored,) = json.loads(file.read_text())
+  assert stored["setup"]["topology"] == "v5e:2x4"
+
+
+def test_a_gpus_share_is_said(made, monkeypatch, capsys):
+  monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+  monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+  assert run("--model=llama3-8b", "--topology=h100:8") == 0
+  assert "of a GPU's memory jax takes 75%" in capsys.readouterr().out
+
+
+LINE = dict(drafter="prompt_lookup", passes=10, accepted_by_position=[5, 2])
+
+
+@pytest.mark.parametrize("lines, shares", [
+    # As decode --output writes them, a line a prompt.
+    ([dict(text="a", stats=LINE), dict(text="b", stats=LINE | dict(
+        passes=30, accepted_by_position=[11, 2, 1]))], "0.400 0.100 0.025"),
+    # As experiments do, passes of rows, and other drafters beside it.
+    ([dict(runs=[dict(runs=[
+        LINE | dict(passes=[4, 6]),
+        LINE | dict(drafter="adaptive", passes=[1])])])], "0.500 0.200"),
+    # Of one depth: not a rate that goes on.
+    ([LINE | dict(accepted_by_position=[5])], "0.500 0.000")])
+def test_stored_acceptance_is_read(made, tmp_path, capsys, lines, shares):
+  file = tmp_path / "stored"
+  file.write_text("\n".join(map(json.dumps, lines)) + "\n")
+  assert run("--model=llama3-8b", "--topology=v5e:2x2",
+             "--drafter=prompt_lookup", f"--acceptance={file}") == 0
+  out = capsys.readouterr().out
+  found = [float(x) for x in shares.split()]
+  assert f"at each depth: {shares.removesuffix(' 0.000')}\n" in out
+  assert f"at {1 + sum(found):.2f} tokens a pass" in out
+
+
+@pytest.mark.parametrize("text, words", [
+    ("words", "is no JSON"), ("{}", "holds no statistics of drafts"),
+    (json.dumps(LINE | dict(drafter="medusa")),
+     "statistics of medusa, and --drafter=prompt_lookup is none of them")])
+def test_another_file_is_no_stored_acceptance(
+    made, tmp_path, capsys, text, words):
+  (tmp_path / "stored").write_text(text)
+  assert run("--topology=v5e:2x2", "--drafter=prompt_lookup",
+             f"--acceptance={tmp_path / 'stored'}") == 2
+  err = capsys.readouterr().err
+  assert words in err and err.count("\n") == 1
+
+
+def test_figures_of_an_experiment_are_stored_acceptance(made, capsys):
+  """Those that come with the project."""
+  file = pathlib.Path(__file__).parents[3] / (
+      "experiments/results/speculation.json")
+  if not file.exists():
+    pytest.skip("no results beside the tests")
+  assert run("--model=llama3-8b", "--topology=v5e:2x2",
+             "--drafter=prompt_lookup", f"--acceptance={file}") == 0
+  assert re.search(r"of \d{3,} passes in .*depth: 0\.\d+ 0\.\d+",
+                   capsys.readouterr().out)
+
+
+def test_what_decode_cannot_be_told_is_not_saved(made, monkeypatch, capsys):
+  kept = []
+  monkeypatch.setattr(planning, "keep", lambda setup, folder, workers: (
+      kept.append(setup) or {"decode": 1.0}))
+  monkeypatch.setattr(planning, "stored_in", lambda setup: (
+      setup.cache_dtype or "bfloat16"))
+  flags = ["--model=llama3-8b", "--topology=v5e:2x2", "--save=a b"]
+  assert run(*flags, "--cache_dtype=float32") == 2
+  assert "decode has no such flag and keeps keys and values as bfloat16" in (
+      capsys.readouterr().err)
+  assert not kept
+  assert run(*flags, "--cache_dtype=bfloat16") == 0
+  out = capsys.readouterr().out
+  assert "1 programs are in a b, for\n  python -m jaxspec decode " in out
+  assert "--mesh=tensor=4" in out and "'--executables=a b'" in out
 
 
 def test_a_profile_without_a_device():
@@ -102,12 +200,45 @@ def test_a_profile_without_a_device():
   assert "commit: commit_kv (custom-call)" in lines[7]
 
 
-def test_a_picture_is_drawn(made, tmp_path):
+def test_a_picture_is_drawn(made, tmp_path, capsys):
   pytest.importorskip("matplotlib")
   file = tmp_path / "plan.png"
-  assert run("--model=llama3-8b", "--topology=v5e:2x4", "--rows=1,8",
-             f"--plot={file}") == 0
+  flags = "--model=llama3-8b", "--topology=v5e:2x4", "--rows=1,8"
+  assert run(*flags, f"--plot={file}") == 0
   assert file.read_bytes()[:4] == b"\x89PNG"
+  assert run(*flags, f"--plot={tmp_path / 'plan.xyz'}") == 2
+  assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_roofline_has_a_point_a_program_below_the_chips_figures():
+  pytest.importorskip("matplotlib")
+  setup = planning.Setup(planning.read_config("llama3-8b"), "v5e:2x2",
+                         (("tensor", 4),))
+  exchange = Collective("all-reduce", 131072, 4, 64.0, "score", "")
+  costs = {"decode": Cost(819e6, {"bf16": 1e9}, [exchange]),
+           "prefill": Cost(819e6, {"bf16": 394e12})}
+  plan = planning.Plan(
+      setup, "TPU v5 lite", 16e9, 1, 0, 0, 0, 0, 1, 0,
+      {name: planning.Program(name, costs={"score": cost})
+       for name, cost in costs.items()})
+  memory, time, roof = app.draw("llama3-8b", [plan], [0.6]).axes
+  assert memory.get_xlabel().startswith("GiB")
+  assert time.get_xlabel().startswith("milliseconds")
+  assert roof.get_xscale() == roof.get_yscale() == "log"
+  assert "FLOP a byte" in roof.get_xlabel() and "FLOP/s" in roof.get_ylabel()
+  lines = {line.get_label(): line.get_xydata() for line in roof.get_lines()}
+  assert lines.keys() == {"TPU v5 lite, bfloat16", "decode", "prefill"}
+  slope, ridge, peak = lines["TPU v5 lite, bfloat16"]
+  assert ridge == pytest.approx([197e12 / 819e9, 197e12])
+  assert peak[1] == pytest.approx(197e12)
+  assert slope[1] / slope[0] == pytest.approx(819e9)
+  ((x, y),) = lines["decode"]
+  assert x == pytest.approx(1e9 / 819e6)
+  # A millisecond of memory, and what is waited for.
+  waits = 64 * (1.5 * 131072 / 100e9 + 4e-6)
+  assert y == pytest.approx(1e9 / (1e-3 + waits))
+  ((x, y),) = lines["prefill"]
+  assert x == pytest.approx(394e12 / 819e6) and y == pytest.approx(197e12)
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -122,10 +253,20 @@ def test_a_picture_is_drawn(made, tmp_path):
     (["--topology=v5e:2x2", "--prompt=4096"], "in [1, 2047]"),
     (["--topology=v5e:2x2,v5e:2x4", "--save=x", "--model=llama3-8b"],
      "--save is for one"),
+    (["--topology=v5e:2x2", "--save=x", "--json=y"], "of which --json is"),
+    (["--topology=v5e:2x2", "--save=x", "--plot=y"], "of which --plot is"),
+    (["--topology=v5e:2x2", "--save=x", "--acceptance=0.6"],
+     "of which --acceptance is"),
+    (["--topology=v5e:2x2", "--save=x", "--noremedies"],
+     "of which --remedies is"),
+    (["--topology=v5e:2x2", "--save=x", "--dtype=int8"], "decode loads none"),
+    (["--topology=v5e:2x2", "--sweep", "--remedies"], "--remedies is of one"),
+    (["--topology=v5e:2x2", "--acceptance=none.json"], "which is neither"),
     (["--topology=v5e:2x2", "--model=llama3-8b", "--sweep", "--price=v6e=1"],
      "does not say what v5e costs")])
 def test_a_wrong_call_is_one_line_and_exit_code_2(made, flags, words, capsys):
   assert run(*flags) == 2
+  assert not made                       # nothing was compiled
   err = capsys.readouterr().err
   assert words in err and err.count("\n") == 1
 
