@@ -2,7 +2,7 @@
 """What published models take and give on slices that nobody here owns.
 
   python -m experiments.plans
-  python -m experiments.plans --only=llama3-8b
+  python -m experiments.plans --only=llama3-8b --stale=keep
 
 Each line of the table is compiled as `python -m jaxspec plan` compiles it, for
 hardware that is not there, and is held against two counts by hand: of the
@@ -11,7 +11,8 @@ Most lines are counted from few layers (`plan --few_layers`), which takes
 minutes for all of them; what that is worth, the lines that are compiled whole
 say. What fits is the decoding loop; with --prefill the program that reads
 prompts is compiled too, which takes several times as long. The result file is
-its own journal: what it holds is not made again.
+its own journal: what it holds of the same sources is not made again, and each
+line says which commit made it.
 
 The first line is a public figure's: 70 billion weights in eight bits on 16
 chips of v5e with 8 rows are said to give 159 tokens/s a row, 85 % of the
@@ -31,6 +32,7 @@ from absl import app, flags
 
 from experiments import machine
 from jaxspec.apps.plan import WITHOUT_DEVICE
+from pallas_kernels import records
 
 FLAGS = flags.FLAGS
 _GIB = 1 << 30
@@ -40,6 +42,9 @@ def define_flags() -> None:
   """Only when run: flags are one name space, and tests import many files."""
   flags.DEFINE_string(
       "only", "", "lines whose model or topology begin so; all by default")
+  flags.DEFINE_enum(
+      "stale", "remake", ["remake", "keep"],
+      "what becomes of lines that other sources made")
   flags.DEFINE_boolean(
       "prefill", False, "whether reading prompts is compiled too")
   flags.DEFINE_string(
@@ -56,6 +61,7 @@ class Line:
     whole: whether all layers are compiled.
     remedies: whether changes that make it fit are looked for.
     kernels: as for decode. Those of a GPU do not say what they cost.
+    drafter: as for decode; heads have the usual size.
   """
 
   model: str
@@ -68,10 +74,24 @@ class Line:
   capacity: int = 2048
   prompt: int = 512
   kernels: str | None = None
+  drafter: str = "autoregressive"
 
   @property
   def key(self) -> str:
-    return ",".join(f"{k}={v}" for k, v in dataclasses.asdict(self).items())
+    return ",".join(f"{k}={v}" for k, v in dataclasses.asdict(self).items()
+                    if k != "drafter" or self.speculates)
+
+  @property
+  def speculates(self) -> bool:
+    return self.drafter != "autoregressive"
+
+  @property
+  def sources(self) -> str:
+    """A digest of the sources that make it: a drafter is found by name."""
+    return "-".join(
+        records.sources(module, packages=("jaxspec", "pallas_kernels"))[:8]
+        for module in ("experiments.plans", "jaxspec.drafters."
+                       + self.drafter.partition(":")[0]))
 
   @property
   def axes(self) -> tuple[tuple[str, int], ...]:
@@ -107,6 +127,7 @@ LINES = [
     Line("llama3-70b", "v5p:4x4x8", rows=128),
     Line("qwen3-8b", "v6e:1x1"),
     Line("llama3-8b", "v6e:1x1"),
+    Line("llama3-8b", "v5p:2x2x1"),
     Line("mixtral-8x7b", "v5p:2x2x1"),
     Line("qwen3-30b-a3b", "v5p:2x2x1"),
     Line("qwen3-30b-a3b", "v5e:16x16", "data=32,expert=2,tensor=4", rows=256),
@@ -114,7 +135,14 @@ LINES = [
     Line("qwen3-8b", "v5e:1x1", remedies=True),
     Line("mixtral-8x7b", "v5e:2x2", remedies=True),
     Line("qwen3-30b-a3b", "v5e:2x2", remedies=True),
+    Line("llama3-8b", "v6e:2x2", drafter="prompt_lookup:length=7"),
+    Line("llama3-8b", "v6e:2x2", drafter="medusa"),
+    Line("llama3-8b", "h100:1", kernels="xla",
+         drafter="prompt_lookup:length=7"),
+    Line("llama3-8b", "h100:1", kernels="xla", drafter="medusa"),
 ]
+# Of lines with drafts, the rates at which one is accepted behind accepted ones.
+ACCEPTANCE = (0.4, 0.6, 0.8)
 
 
 # By hand.
@@ -146,16 +174,21 @@ def step_bytes(setup: Any) -> float:
 
 def examine(line: Line, names: Sequence[str] = ("decode",)
             ) -> dict[str, Any]:
-  """One line: the plan of these programs, and what is counted by hand."""
+  """One line: the plan of these programs, and what is counted by hand.
+
+  With drafts, the pass over all nodes is what is counted, without the heads;
+  and what decoding without drafts takes is planned beside it.
+  """
   from jaxspec import planning
   config = planning.read_config(line.model)
   setup = planning.Setup(
       config, line.topology,
       line.axes or planning.default_mesh(config, line.topology, line.rows),
       rows=line.rows, capacity=line.capacity, prompt=line.prompt,
-      dtype=line.dtype, kernels=line.kernels)
+      dtype=line.dtype, kernels=line.kernels, drafter=line.drafter)
   start = time.perf_counter()
-  plan = planning.make(setup, names, scaled=not line.whole)
+  plan = planning.make(setup, [*names, *["plain"] * line.speculates],
+                       scaled=not line.whole)
   found = plan.as_dict()
   del found["setup"]["config"]
   hand = planning.estimate(setup)
@@ -166,12 +199,21 @@ def examine(line: Line, names: Sequence[str] = ("decode",)
   decode = plan.programs["decode"]
   if not decode.refused:
     shards = math.prod(dict(setup.mesh).values())
-    wanted = products(config, setup.rows, setup.capacity, 1) / shards
+    wanted = products(config, setup.rows * plan.nodes, setup.capacity,
+                      plan.nodes) / shards
+    counted = decode.costs["score"] if line.speculates else decode.cost
     found |= dict(
-        held_to_hand=decode.arguments / hand,
-        flops_to_hand=decode.cost.all_flops / wanted,
-        bytes_to_hand=decode.cost.bytes / step_bytes(setup),
+        held_to_hand=decode.arguments / (hand + plan.draft),
+        flops_to_hand=counted.all_flops / wanted,
+        bytes_to_hand=counted.bytes / step_bytes(setup),
         uncounted=sorted(set(decode.cost.uncounted)))
+    if line.speculates and plan.timed:
+      found["at_acceptance"] = {
+          str(rate): dict(
+              tokens_per_pass=plan.tokens_per_pass([rate]),
+              tokens_per_second_per_row=plan.per_second([rate]),
+              times_plain=plan.per_second([rate]) * plan.plain().seconds)
+          for rate in ACCEPTANCE}
   if line.remedies and not plan.fits:
     found["remedies"] = [
         dict(change=words, free_bytes=other.free, fits=other.fits)
@@ -215,25 +257,33 @@ def against_the_public_figure(found: dict[str, Any]) -> dict[str, Any]:
 def table(runs: list[dict[str, Any]]) -> str:
   """Markdown."""
   parts = ["| model | devices | mesh | rows | GiB free of | weights + cache | "
-           "working | step | limit | tokens/s a row | compiled in |",
-           "|---|---|---|---:|---:|---:|---:|---:|---|---:|---:|"]
+           "working | step | limit | tokens/s a row | compiled in | code |",
+           "|---|---|---|---:|---:|---:|---:|---:|---|---:|---:|---|"]
   for run in runs:
     setup, sizes = run["setup"], run["bytes"]
     room = run["capacity_bytes"] or 0
     mesh = " ".join(f"{a}={n}" for a, n in setup["mesh"].items())
     step = run.get("roofline", {}).get("step")
     dtype = "" if setup["dtype"] == "bfloat16" else f" {setup['dtype']}"
+    drafter = "" if setup["drafter"] == "autoregressive" else (
+        f", {setup['drafter']}")
+    speeds = [f"{run['tokens_per_second_per_row']:.0f}" if step else ""]
+    if run.get("at_acceptance"):
+      speeds = [f"{one['tokens_per_second_per_row']:.0f} at {rate}"
+                for rate, one in run["at_acceptance"].items()]
     free = (room - run["needs_bytes"]) / _GIB
     fits = f"{free:.1f}" if run["fits"] else f"**no: {free:.1f}**"
     held = (sizes["weights"] + sizes["cache"]) / _GIB
     parts.append(
-        f"| {run['line']['model']}{dtype}{' (whole)' * run['line']['whole']} "
+        f"| {run['line']['model']}{dtype}{drafter}"
+        f"{' (whole)' * run['line']['whole']} "
         f"| {setup['topology']} | {mesh} | {setup['rows']} "
         f"| {fits} of {room / _GIB:.2f} | {held:.2f} "
         f"| {sizes['working'] / _GIB:.2f} | "
         + (f"{1e3 * step['seconds']:.2f} ms | {step['limit']} | "
-           f"{run['tokens_per_second_per_row']:.0f} | " if step else "| | | ")
-        + f"{run['programs']['decode']['compile_seconds']:.0f} s |")
+           f"{', '.join(speeds)} | " if step else "| | | ")
+        + f"{run['programs']['decode']['compile_seconds']:.0f} s "
+        f"| {(run.get('commit') or 'not known')[:9]} |")
   return "\n".join(parts)
 
 
@@ -246,7 +296,10 @@ def plot(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
       1, 2, sharey=True, figsize=(11, 1.5 + 0.3 * len(runs)),
       layout="constrained")
   labels = [f"{r['line']['model']} {r['setup']['dtype']} "
-            f"{r['setup']['topology']}" for r in runs]
+            f"{r['setup']['topology']}" + (
+                f" {r['setup']['drafter'].partition(':')[0]}"
+                if r["setup"]["drafter"] != "autoregressive" else "")
+            for r in runs]
   left = [0.0] * len(runs)
   for name in ("weights", "cache", "working", "code"):
     widths = [run["bytes"][name] / _GIB for run in runs]
@@ -271,6 +324,18 @@ def plot(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
   plt.close(figure)
 
 
+def is_made(row: dict[str, Any] | None, names: Sequence[str], source: str,
+            keep: bool) -> bool:
+  """Whether a line need not be made again.
+
+  Args:
+    row: what the result file holds of it.
+    keep: whether it may be of other sources.
+  """
+  return (row is not None and set(names) <= set(row["programs"])
+          and (keep or row.get("sources") == source))
+
+
 def main(argv: list[str]) -> None:
   del argv
   for name, value in WITHOUT_DEVICE.items():
@@ -282,14 +347,18 @@ def main(argv: list[str]) -> None:
     known = {run["key"]: run for run in json.loads(output.read_text())["runs"]}
   names = ("decode", "prefill") if FLAGS.prefill else ("decode",)
   skipped: dict[str, str] = {}
+  # All at once: a file may change while this is at work.
+  commit, source = machine.commit(), {line: line.sources for line in LINES}
   for line in LINES:
     wanted = f"{line.model} {line.topology}"
-    made = line.key in known and set(names) <= set(known[line.key]["programs"])
-    if made or FLAGS.only and not any(
+    if FLAGS.only and not any(
         part.startswith(FLAGS.only) for part in wanted.split()):
       continue
+    if is_made(known.get(line.key), names, source[line], FLAGS.stale == "keep"):
+      continue
     try:
-      known[line.key] = examine(line, names)
+      known[line.key] = examine(line, names) | dict(
+          commit=commit, sources=source[line])
     except InputError as e:              # a compiler that is not there
       skipped[wanted] = str(e)
       print(f"{wanted}: {e}", flush=True)

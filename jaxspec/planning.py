@@ -790,10 +790,14 @@ def _scaled(setup: Setup, names: Sequence[str] | None, workers: int) -> Plan:
   def line(a: float, b: float) -> float:
     return a + (b - a) * (config.depth - few) / (more - few)
 
+  def size(a: float, b: float) -> float:
+    # What a few layers more make smaller does not shrink on, below nothing.
+    return line(a, b) if b >= a else b
+
   def program(a: Program, b: Program) -> Program:
     return Program(
         a.name, a.seconds + b.seconds,
-        **{f: line(getattr(a, f), getattr(b, f)) for f in (
+        **{f: size(getattr(a, f), getattr(b, f)) for f in (
             "arguments", "outputs", "temporaries", "code")},
         costs={scope: _line_of_costs(
             a.costs.get(scope, hlo.Cost()), b.costs.get(scope, hlo.Cost()),

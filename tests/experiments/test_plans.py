@@ -35,7 +35,49 @@ def test_lines_are_told_apart_and_cover_what_they_must():
   for model in models - {"llama3.1-70b"}:
     kinds = {line.topology.partition(":")[0] for line in plans.LINES
              if line.model == model}
-    assert {"v5e", "v5p", "h100"} <= kinds | {"v5p"} and len(kinds) >= 3
+    assert {"v5e", "v5p", "v6e", "h100"} <= kinds, model
+  drafted = {(line.topology, line.drafter.partition(":")[0])
+             for line in plans.LINES if line.speculates}
+  assert drafted == {(topology, drafter) for topology in ("v6e:2x2", "h100:1")
+                     for drafter in ("prompt_lookup", "medusa")}
+  # The file of lines without drafts names none.
+  assert not any("drafter" in line.key for line in plans.LINES
+                 if not line.speculates)
+
+
+def test_a_line_is_made_again_when_its_sources_change(monkeypatch):
+  line = plans.Line("llama3-8b", "v5e:2x2")
+  drafted = plans.Line("llama3-8b", "v5e:2x2", drafter="medusa")
+  assert line.sources == plans.Line("llama3-70b", "v5e:4x4").sources
+  assert line.sources != drafted.sources
+  assert line.sources.partition("-")[0] == drafted.sources.partition("-")[0]
+  row = dict(programs={"decode": {}}, sources=line.sources, commit="abc")
+  names = ("decode",)
+  assert plans.is_made(row, names, line.sources, False)
+  assert not plans.is_made(row, names, "other", False)
+  assert plans.is_made(row, names, "other", True)
+  assert not plans.is_made(row, ("decode", "prefill"), line.sources, True)
+  assert not plans.is_made(None, names, line.sources, True)
+  old = dict(programs={"decode": {}})             # says nothing of them
+  assert not plans.is_made(old, names, line.sources, False)
+
+
+@pytest.mark.medium
+def test_a_line_with_drafts_is_held_against_the_pass_over_them(monkeypatch):
+  config = tiny_config(depth=3, width=128, mlp=256, heads=4, kv_heads=2,
+                       head_size=32, tied=False)
+  monkeypatch.setattr(planning, "read_config", lambda name: config)
+  line = plans.Line("tiny", "cpu:1", "tensor=1", rows=2, capacity=64,
+                    prompt=16, dtype="float32", whole=True,
+                    drafter="prompt_lookup:length=3")
+  found = plans.examine(line)
+  assert found["nodes"] == 4 and found["key"].endswith("length=3")
+  assert found["flops_to_hand"] == pytest.approx(1, abs=0.02)
+  assert found["programs"].keys() == {"decode", "plain"}
+  assert "at_acceptance" not in found          # of a CPU no figures are known
+  row = plans.table([found]).splitlines()[-1]
+  assert "tiny float32, prompt_lookup:length=3 (whole) | cpu:1" in row
+  assert row.endswith("| not known |")
 
 
 def test_a_mixture_reads_all_experts_and_multiplies_a_few():

@@ -149,6 +149,22 @@ def test_few_layers_tell_what_all_take():
   assert other.cost.bytes == pytest.approx(program.cost.bytes, rel=0.05)
 
 
+def test_what_shrinks_with_layers_does_not_shrink_below_nothing(monkeypatch):
+  """Of two and three layers, temporaries of 50 and 40 bytes."""
+  def make(some, names, workers):
+    depth = some.config.depth
+    return planning.Plan(
+        some, "cpu", None, 10.0 * depth, 0, 0, 0, 0, 1, 0,
+        {"decode": planning.Program(
+            "decode", arguments=depth, outputs=0, code=5 * depth,
+            temporaries=70.0 - 10 * depth)})
+  monkeypatch.setattr(planning, "make", make)
+  plan = planning._scaled(setup(tiny_config(depth=80)), ["decode"], 1)
+  decode = plan.programs["decode"]
+  assert decode.temporaries == 40 and decode.arguments == 80
+  assert plan.weights == 800 and plan.code == 400
+
+
 def test_layers_that_repeat():
   assert planning.period(tiny_config()) == 1
   assert planning.period(tiny_config(windows=(8, None, 8, None))) == 2
