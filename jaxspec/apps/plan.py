@@ -535,6 +535,7 @@ def draw(model: str, plans: Sequence[Plan], acceptance: Sequence[float]
   for i, plan in timed:
     time.annotate(f" {plan.per_second(acceptance):.0f} tokens/s a row",
                   (1e3 * plan.step().seconds, i), va="center", fontsize=8)
+  time.margins(x=0.4)                    # room for words
   time.set_xlabel("milliseconds of a step, at least")
   time.legend(fontsize="small")
   _draw_rooflines(roof, [plan for _, plan in timed])
