@@ -133,7 +133,8 @@ def chips(tpu_compiler):
 
 
 @pytest.mark.parametrize("sizes, drafter", [
-    ({"data": 2, "tensor": 2}, "prompt_lookup"),
+    pytest.param({"data": 2, "tensor": 2}, "prompt_lookup",
+                 marks=pytest.mark.medium),
     pytest.param({}, "exit", marks=slow),
     pytest.param({}, "medusa", marks=slow),
     pytest.param({}, "prompt_lookup", marks=slow)])

@@ -119,6 +119,7 @@ def v5e(tpu_compiler):
   return sharding.make_mesh({"tensor": 4}, topology.devices)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("drafter", [
     "autoregressive", pytest.param("prompt_lookup", marks=pytest.mark.slow)])
 def test_llama_3_8b_on_four_v5e(v5e, drafter):
