@@ -31,6 +31,7 @@ from jaxspec import (
   drafters,
   executables,
   hlo,
+  libtpu,
   loop,
   roofline,
   sharding,
@@ -174,6 +175,7 @@ def devices(topology: str) -> tuple[Any, ...]:
   if importlib.util.find_spec("libtpu") is None:
     raise InputError(f"topology {topology} needs the compiler for TPUs; pip "
                      "install jax[tpu]")
+  libtpu.set_flags()
   more: dict[str, Any] = {}
   if kind == "v4":                 # one device a chip
     more["chip_config_name"] = "megacore"

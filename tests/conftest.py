@@ -30,6 +30,9 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
+from jaxspec import libtpu
+
+libtpu.set_flags()
 gc.set_threshold(100_000, 50, 50)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

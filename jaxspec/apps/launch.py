@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from jaxspec import libtpu
 from jaxspec.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def run(app: types.ModuleType, argv: Sequence[str]) -> int:
     settings = parse(app, argv)
     if settings is None:
       return 0
+    libtpu.set_flags()
     if not _joins(settings):
       return app.main(settings) or 0
     _join(settings)

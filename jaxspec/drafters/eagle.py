@@ -264,8 +264,7 @@ class Eagle(Drafter):
             tree.mask[np.ix_(nodes, inner[1:])], rounds,
             int(np.searchsorted(rounds, depth - 1)))
       children = [n for n in range(1, tree.size) if tree.parents[n] in nodes]
-      logits = self.head.logits(model, x)
-      best = self.head.ids(lax.top_k(logits, int(rank[children].max()) + 1)[1])
+      best, _ = self.head.choose(model, x, int(rank[children].max()) + 1)
       for child in children:
         beam = int(np.searchsorted(nodes, tree.parents[child]))
         tokens[child] = best[:, beam, rank[child]]
@@ -285,12 +284,11 @@ class Eagle(Drafter):
 
     def offer(x, score):
       """Children of each beam, `[B W*width]`, and how likely their paths."""
-      law = jax.nn.log_softmax(self.head.logits(model, x), axis=-1)
-      chance, best = lax.top_k(law, width)
+      best, chance = self.head.choose(model, x, width)
       # No path is likelier than its beginning, whatever a head may say.
       chance = jnp.where(jnp.isnan(chance), _NEVER,
                          jnp.clip(chance, _NEVER, 0.0))
-      return (self.head.ids(best).reshape(rows, -1),
+      return (best.reshape(rows, -1),
               (score[..., None] + chance).reshape(rows, -1))
 
     def pick(values, index):

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax import lax
 from jaxtyping import Array, Float
 
 from jaxspec.drafters import medusa
@@ -50,8 +49,8 @@ class Hydra(medusa.Medusa):
     for depth in range(tree.height):
       heard = self.heads.hear(model, depth, heard, tokens[:, nodes])
       below = np.flatnonzero(tree.depths == depth + 1)
-      logits = self.heads.logits(model, depth, z, heard)
-      best = self.heads.ids(lax.top_k(logits, int(rank[below].max()) + 1)[1])
+      best = self.heads.choose(model, depth, z, heard,
+                               int(rank[below].max()) + 1)
       beam = np.searchsorted(nodes, parents[below])
       tokens = tokens.at[:, below].set(best[:, beam, rank[below]])
       # Of these, the nodes with children.

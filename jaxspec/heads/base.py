@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxspec import sharding
+from jaxspec import kernels, sharding
 from jaxspec.errors import InputError
 from jaxspec.models.transformer import Transformer
+from pallas_kernels import proposal_head
 
 # Of the tokens a head can say.
 Ids = Int[np.ndarray, "W"] | Int[Array, "W"]
@@ -70,3 +72,45 @@ def beside(model: Transformer) -> Callable[..., jax.Array]:
   if isinstance(mesh, jax.sharding.Mesh):
     return lambda array, axes: sharding.place(array, axes, mesh)
   return lambda array, axes: jnp.asarray(array)
+
+
+def by_kernel(rows: Any, count: int) -> bool:
+  """Whether the device that is aimed at is quickest without making logits.
+
+  It is where a kernel can be had; a CPU makes logits as quickly.
+
+  Args:
+    rows: of the unembedding, for the tokens there are.
+    count: how many are to be found.
+  """
+  return (kernels.wanted() and sharding.current() is None
+          and isinstance(rows, jax.Array) and count <= len(rows))
+
+
+def likeliest(said: Transformer, x: Float[Array, "B T D"], count: int,
+              rows: Float[Array, "W D"] | None = None
+              ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
+  """The likeliest tokens behind a stream, as `said.unembed` has them.
+
+  Where a kernel can be had, no logit is stored.
+
+  Args:
+    said: whose norm and unembedding it is.
+    rows: those of the unembedding for the tokens that matter; None for all.
+
+  Returns:
+    Rows of the unembedding, the likeliest first, and their log probabilities.
+  """
+  known = said.unembedding if rows is None else rows
+  if not by_kernel(known, count):
+    logits = said.unembed(x, rows)
+    best, index = lax.top_k(logits, count)
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return index, best - total
+  found = proposal_head(
+      x.reshape(-1, x.shape[-1]), said.final_norm[...], known,
+      eps=said.config.norm_eps, count=count,
+      logits_soft_cap=said.config.logits_cap)
+  shape = (*x.shape[:2], count)
+  return (found.tokens.reshape(shape),
+          (found.logits - found.log_sum_exp[:, None]).reshape(shape))

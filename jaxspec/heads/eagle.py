@@ -12,7 +12,14 @@ from jaxtyping import Array, Float, Int
 
 from jaxspec.caches import Place
 from jaxspec.caches.contiguous import ContiguousCache
-from jaxspec.heads.base import Ids, Spots, ascending, beside, dtype_of
+from jaxspec.heads.base import (
+  Ids,
+  Spots,
+  ascending,
+  beside,
+  dtype_of,
+  likeliest,
+)
 from jaxspec.heads.settings import Settings
 from jaxspec.models import layers
 from jaxspec.models.transformer import (
@@ -119,6 +126,12 @@ class EagleHead(Transformer):
              ) -> Float[Array, "B T _"]:
     """Behind the layer; of the tokens there are: all, or `tokens`."""
     return model.unembed(x) if self.tokens is None else self.unembed(x)
+
+  def choose(self, model: Transformer, x: Float[Array, "B T D"], count: int
+             ) -> tuple[Int[Array, "B T count"], Float[Array, "B T count"]]:
+    """The likeliest tokens, best first, and their log probabilities."""
+    index, chance = likeliest(model if self.tokens is None else self, x, count)
+    return self.ids(index), chance
 
   def ids(self, index: Int[Array, "..."]) -> Int[Array, "..."]:
     """Which tokens these are of those there are logits for."""

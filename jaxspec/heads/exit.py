@@ -18,16 +18,21 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
-from jaxspec import kernels, sharding
 from jaxspec.caches import Place
 from jaxspec.caches.contiguous import ContiguousCache
-from jaxspec.heads.base import Ids, Spots, ascending, beside, dtype_of
+from jaxspec.heads.base import (
+  Ids,
+  Spots,
+  ascending,
+  beside,
+  by_kernel,
+  dtype_of,
+)
 from jaxspec.heads.settings import Settings
 from jaxspec.models import layers
 from jaxspec.models.transformer import (
@@ -147,13 +152,8 @@ class ExitHead(Transformer):
     return logits
 
   def forecasts(self, model: Transformer, count: int) -> bool:
-    """Whether `forecast` is what the device that is aimed at is quickest at.
-
-    It is where a kernel can be had; a CPU makes logits as quickly.
-    """
-    rows = self.sayable(model)
-    return (kernels.wanted() and sharding.current() is None
-            and isinstance(rows, jax.Array) and count <= len(rows))
+    """Whether `forecast` is what the device that is aimed at is quickest at."""
+    return by_kernel(self.sayable(model), count)
 
   def forecast(self, model: Transformer, x: Float[Array, "B T D"], count: int,
                noise: UInt32[Array, "B T 2"], temperature: Float[Array, "B"]

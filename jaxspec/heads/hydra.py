@@ -10,7 +10,14 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from jaxspec.heads.base import Ids, Spots, ascending, beside, dtype_of
+from jaxspec.heads.base import (
+  Ids,
+  Spots,
+  ascending,
+  beside,
+  dtype_of,
+  likeliest,
+)
 from jaxspec.heads.settings import Settings
 from jaxspec.models import layers
 from jaxspec.models.transformer import Source, Transformer, random_source
@@ -109,9 +116,19 @@ class HydraHeads:
   def logits(self, model: Transformer, number: int, z: Float[Array, "B D"],
              heard: Float[Array, "B M heads rank"]) -> Float[Array, "B M _"]:
     """What one head says; of the tokens there are: all, or `tokens`."""
+    return model.unembed(self._behind(number, z, heard), self.rows)
+
+  def choose(self, model: Transformer, number: int, z: Float[Array, "B D"],
+             heard: Float[Array, "B M heads rank"], count: int
+             ) -> Int[Array, "B M count"]:
+    """The likeliest tokens by one head, best first."""
+    return self.ids(likeliest(model, self._behind(number, z, heard), count,
+                              self.rows)[0])
+
+  def _behind(self, number, z, heard):
+    """The stream that a head unembeds, `[B M D]`."""
     inner = jax.nn.silu(heard[:, :, number]).astype(z.dtype)
-    y = z[:, None] + layers.linear(inner, self.up[number]).astype(z.dtype)
-    return model.unembed(y, self.rows)
+    return z[:, None] + layers.linear(inner, self.up[number]).astype(z.dtype)
 
   def ids(self, index: Int[Array, "..."]) -> Int[Array, "..."]:
     """Which tokens these are of those there are logits for."""

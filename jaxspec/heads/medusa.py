@@ -8,10 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxspec.heads.base import Ids, Spots, ascending, beside, dtype_of
+from jaxspec.heads.base import (
+  Ids,
+  Spots,
+  ascending,
+  beside,
+  dtype_of,
+  likeliest,
+)
 from jaxspec.heads.settings import Settings
 from jaxspec.models import layers
 from jaxspec.models.transformer import Source, Transformer, random_source
@@ -126,7 +132,7 @@ class MedusaHeads:
   def choose(self, model: Transformer, x: Float[Array, "B D"], count: int
              ) -> Int[Array, "B heads count"]:
     """The likeliest tokens of each head, best first."""
-    best = lax.top_k(self.logits(model, self(x[:, None])[:, 0]), count)[1]
+    best, _ = likeliest(model, self(x[:, None])[:, 0], count, self.rows)
     return (best if self.tokens is None else self.tokens[best]
             ).astype(jnp.int32)
 

@@ -25,11 +25,12 @@ _TARGET = Target("tpu", "TPU v5 lite")
 
 
 def cases() -> Iterator[Case]:
-  """The greedy head at few and many rows, and one of all that can be asked."""
+  """Of an exit, of four heads on eight rows, and all that can be asked."""
   for name, (width, vocab) in _MODELS.items():
     trimmed = "trimmed" in name
     for rows, count, drawn, masked in ((1, 1, False, False),
                                        (8, 4, True, False),
+                                       (32, 10, False, False),
                                        (64, 8, True, True)):
       yield _case(name, rows, width, vocab, count, trimmed, drawn, masked)
 

@@ -28,12 +28,13 @@ _AHEAD = 5                       # chunks on their way
 _BLOCKS = 2 * 132                # of threads
 _EXACT = 2**24                   # columns are kept in float32
 _STATS = 4
+_COUNT = 8                       # candidates are kept in registers
 
 
 def proposal_head(x, norm, unembedding, *, eps, count, logits_soft_cap, tokens,
                   allowed, noise, temperature, target: Target):
   """See `pallas_kernels.head.op.proposal_head`."""
-  check(x, unembedding, count)
+  check(x, unembedding, count, _COUNT)
   rows, width = x.shape
   vocab = unembedding.shape[0]
   if x.dtype != jnp.bfloat16:

@@ -15,6 +15,7 @@ GOOD = """
 BAD = """
 %copy-start.3 = (bf16[8,3,2048,64]{2,3,1,0:T(8,128)(2,1)}, bf16[8,3,2048,64]{2,3,1,0:S(1)}, u32[]{:S(2)}) copy-start(%g)
 %copy.3 = bf16[8,3,64,2048]{3,2,1,0} copy(%x)
+%copy.4 = bf16[1,8,3,64,2048]{4,3,2,1,0} copy(%y)
 """  # noqa: E501
 
 
@@ -34,7 +35,7 @@ def test_what_is_not():
       "no kernel is in the program",
       "of 500 bytes of state 499 are taken over",
       "temporaries are 2.0 % of what is given",
-      "2 copies of a layer's keys"]
+      "3 copies of a layer's keys"]
 
 
 def test_topologies_are_of_generations_that_are_known():

@@ -63,7 +63,9 @@ def check(verifier: str, drafter: str, sampler: str, size: int) -> None:
 
 
 # By day of trees alone, of which a chain is one.
-SMALL = [(*pair, sampler) for pair in (PAIRS[1], PAIRS[3])
+SMALL = [pytest.param(*pair, sampler,
+                      marks=[pytest.mark.medium] * (sampler == "cool"))
+         for pair in (PAIRS[1], PAIRS[3])
          for sampler in mutants.SAMPLERS if sampler != "open"]
 
 

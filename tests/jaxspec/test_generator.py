@@ -237,7 +237,8 @@ EXPERTS = dict(depth=1, experts=4, experts_per_token=2)
     # (`caches/test_contract.py` has this cache on a mesh.)
     pytest.param({"data": 2}, "window", SIZES, marks=pytest.mark.slow),
     pytest.param({"tensor": 2}, "contiguous", SIZES, marks=pytest.mark.slow),
-    ({"data": 2, "tensor": 2}, "paged:page=4", SIZES),
+    pytest.param({"data": 2, "tensor": 2}, "paged:page=4", SIZES,
+                 marks=pytest.mark.medium),
     ({"data": 2, "tensor": 2, "sequence": 2}, "contiguous", SIZES),
     pytest.param({"expert": 2}, "contiguous", EXPERTS,
                  marks=pytest.mark.slow)])

@@ -17,10 +17,11 @@ from jax.experimental import topologies
 from experiments.kernel_programs import copied
 from jaxspec import kernels, loop, sharding
 from jaxspec.drafters.early_exit import EarlyExit
+from jaxspec.drafters.medusa import Medusa, published
 from jaxspec.drafters.prompt_lookup import PromptLookup
 from jaxspec.errors import InputError
 from jaxspec.generator import Generator
-from jaxspec.heads import ExitHead
+from jaxspec.heads import ExitHead, MedusaHeads
 from jaxspec.models.transformer import Transformer, abstract_source
 from jaxspec.options import Options
 from jaxspec.streams import loop as rows
@@ -132,8 +133,10 @@ def chips(tpu_compiler):
 
 
 @pytest.mark.parametrize("sizes, drafter", [
-    ({"data": 2, "tensor": 2}, "prompt_lookup"),
+    pytest.param({"data": 2, "tensor": 2}, "prompt_lookup",
+                 marks=pytest.mark.medium),
     pytest.param({}, "exit", marks=slow),
+    pytest.param({}, "medusa", marks=slow),
     pytest.param({}, "prompt_lookup", marks=slow)])
 def test_a_program_for_a_tpu_calls_the_kernels(chips, sizes, drafter):
   mesh = sharding.make_mesh(sizes, chips)
@@ -143,6 +146,10 @@ def test_a_program_for_a_tpu_calls_the_kernels(chips, sizes, drafter):
     head = ExitHead(model, abstract_source(jnp.bfloat16, mesh), layer=1,
                     mlp=256)
     made = EarlyExit(head, ((0,), (0, 0)), cache_dtype="bfloat16")
+  elif drafter == "medusa":
+    made = Medusa(MedusaHeads.make(
+        model, abstract_source(jnp.bfloat16, mesh), 2, 1, 64, None),
+        published("mc_sim_7b_63")[:7])
   else:
     made = PromptLookup(length=7)
   with kernels.on(mesh, kernels.choose(None, mesh)):
@@ -155,7 +162,7 @@ def test_a_program_for_a_tpu_calls_the_kernels(chips, sizes, drafter):
         scalar(bool, mesh)).compile()
   memory = compiled.memory_analysis()
   wanted = {"tree_attention", "commit_kv", "fused_mlp", "accept_nodes"}
-  if drafter == "exit" and not sizes:
+  if drafter in ("exit", "medusa"):
     wanted.add("proposal_head")
   assert not lacking(compiled, wanted)
   held = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

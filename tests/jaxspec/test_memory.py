@@ -24,7 +24,7 @@ from jaxspec.layer_stream import LayerStream
 from jaxspec.models.layers import Rope
 from jaxspec.models.transformer import Config, abstract_source
 from jaxspec.pipeline import Pipeline
-from jaxspec.planning import Blueprint, Setup, placed, size
+from jaxspec.planning import Blueprint, Setup, devices, placed, size
 from jaxspec.verifiers.exact import exact
 
 SHARE = 0.02
@@ -119,11 +119,20 @@ def v5e(tpu_compiler):
   return sharding.make_mesh({"tensor": 4}, topology.devices)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("drafter", [
     "autoregressive", pytest.param("prompt_lookup", marks=pytest.mark.slow)])
 def test_llama_3_8b_on_four_v5e(v5e, drafter):
   check(*compile_decode(LLAMA_3_8B(depth=32), drafter, rows=8, capacity=2048,
                         dtype=jnp.bfloat16, mesh=v5e))
+
+
+@pytest.mark.medium
+def test_weights_on_tpu7x_are_read_as_they_lie(tpu_compiler):
+  """Laid out anew (`jaxspec.libtpu`) they would be two fifths."""
+  mesh = sharding.make_mesh({"tensor": 4}, devices("tpu7x:2x2x1")[:4])
+  check(*compile_decode(LLAMA_3_8B(depth=1), "autoregressive", rows=8,
+                        capacity=2048, dtype=jnp.bfloat16, mesh=mesh))
 
 
 @pytest.mark.slow

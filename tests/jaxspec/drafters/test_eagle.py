@@ -43,7 +43,8 @@ def drafter_of(head, tree, **settings):
 
 @pytest.mark.parametrize("by, tree", [
     pytest.param("token", CHAIN, marks=pytest.mark.slow),
-    ("feature", BUSHY), ("feature", None)])
+    pytest.param("feature", BUSHY, marks=pytest.mark.medium),
+    ("feature", None)])
 def test_a_head_that_knows_is_always_right(by, tree):
   """Behind token i + 1 comes its successor; so does behind feature i the
   successor of its successor."""

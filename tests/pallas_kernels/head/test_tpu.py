@@ -46,7 +46,7 @@ def alike(target, arguments, **wanted):
 @pytest.mark.medium
 @pytest.mark.parametrize("target, dtype, rows, width, vocab, count, wanted", [
     (ONE, jnp.bfloat16, 1, 40, 130, 1, {}),
-    (TWO, jnp.float32, 5, 128, 700, 8, {}),
+    (TWO, jnp.float32, 5, 128, 700, 16, {}),
     (ONE, jnp.float32, 64, 40, 390, 2, ALL),
     (TWO, jnp.bfloat16, 3, 256, 1300, 4, ALL)])
 def test_as_the_reference(target, dtype, rows, width, vocab, count, wanted):
@@ -97,7 +97,7 @@ def test_lowers_for_a_tpu(width):
 
 @pytest.mark.parametrize("changes, reason", [
     (dict(rows=65), "65 rows: a tile serves 1 to 64"),
-    (dict(count=9), "count=9: candidates are kept for up to 8"),
+    (dict(count=17), "count=17: candidates are kept for up to 16"),
     (dict(dtype=jnp.float16), "x must be bfloat16 or float32, got float16"),
     (dict(other=jnp.bfloat16), "must be of one dtype, got float32 and bfloa")])
 def test_what_it_does_not_take(changes, reason):
