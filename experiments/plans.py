@@ -87,7 +87,7 @@ class Line:
   @property
   def sources(self) -> str:
     """A digest of the sources that make it: a drafter is found by name."""
-    from pallas_kernels import records     # pulls in jax, which reads variables
+    from pallas_kernels import records  # pulls in jax, which reads variables
     return "-".join(
         records.sources(module, packages=("jaxspec", "pallas_kernels"))[:8]
         for module in ("experiments.plans", "jaxspec.drafters."

@@ -907,10 +907,12 @@ def keep(setup: Setup, folder: str | pathlib.Path, *, workers: int = 1
           loop.prefill.eval_shape(
               args[0], blueprint.taps, *args[1:], chunk=CHUNK,
               dtype=blueprint.cache_dtype), compiled.output_shardings)
+      # Of shapes alone: nothing can run on devices that are not there.
       request = jax.tree.map(
-          lambda x: array(x.shape, x.dtype), as_request(
-              [Options()] * n, [1] * n, (), vocab=setup.config.vocab,
-              stops=STOPS, biases=BIASES))
+          lambda x: array(x.shape, x.dtype), jax.eval_shape(
+              functools.partial(
+                  as_request, [Options()] * n, [1] * n, (),
+                  vocab=setup.config.vocab, stops=STOPS, biases=BIASES)))
       given = (model, drafter, state, array((n,), jnp.int32), prefix, request)
       second[f"insert of {n}"] = loop.insert.lower(
           model, drafter, blueprint.verifier, *given[2:]), given

@@ -134,6 +134,23 @@ def test_a_tpu_that_is_not_there_has_the_identity_of_one(
   assert here["device_kind"] == "TPU v5 lite"
 
 
+@pytest.mark.medium
+def test_programs_for_tpus_that_are_not_there_are_kept(tpu_compiler, tmp_path):
+  """All of them, though nothing can run, or be read back, here."""
+  config = tiny_config(depth=1, width=512, heads=4, kv_heads=4, head_size=128,
+                       mlp=512, vocab=512)
+  planning.keep(Setup(config, "v5e:2x2", (("tensor", 4),), rows=1,
+                      capacity=256, prompt=16), tmp_path)
+  index = json.loads((tmp_path / "programs.json").read_text())
+  assert index["identity"]["device_kind"] == "TPU v5 lite"
+  assert sorted(name.partition("-")[0] for name in index["programs"]) == [
+      "decode", "insert", "prefill", "release"]
+  for name, digest in index["programs"].items():
+    whole = (tmp_path / f"{name}.xla").read_bytes()
+    assert len(whole) > 10_000
+    assert hashlib.sha256(whole).hexdigest() == digest
+
+
 def spoil(folder, other, digest):
   """Copies programs, cut short; says so in the index, or not."""
   other.chmod(0o700)
