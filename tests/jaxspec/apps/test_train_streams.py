@@ -88,18 +88,20 @@ def test_what_it_writes_is_read(whole, tiny_model, capsys):
 
 
 @pytest.mark.medium
-def test_streams_without_silence_learn_to_go_on(tiny_model, data, tmp_path,
-                                                capsys):
+def test_streams_without_silence_learn_to_go_on(tiny_model, tmp_path, capsys):
   """The published layout: each counts for itself, from given words on."""
-  argv = [tiny_model, tmp_path / "run", "--layout=reading",
-          f"--data={data}", "--given=assistant=A:", "--steps=2"]
-  plain = [x for x in ("--judged=2", "--follow=assistant=user:1")]
-  assert learn(*argv, *plain) == 2
+  data = tmp_path / "in.jsonl"
+  data.write_text("".join(json.dumps(
+      {"question": f"what is {n}?", "answer": f"it is {n + 1}"}) + "\n"
+                          for n in range(4)))
+  argv = [tiny_model, tmp_path / "run", "--layout=reading", f"--data={data}",
+          "--given=assistant=A:", "--steps=2", "--judged=2"]
+  assert learn(*argv) == 2
   error = capsys.readouterr().err
   lead = re.search(r"--lead=assistant=\d+ or more, or --position_rule=rows",
                    error)
   assert lead and error.count("\n") == 1
-  assert learn(*argv, *plain, "--lead=assistant=40") == 0
+  assert learn(*argv, "--lead=assistant=40") == 0
   layout = taught.layout_of(tmp_path / "run" / "streams")
   assert layout.positions == "counters" and layout.leads.tolist() == [0, 40]
   capsys.readouterr()
