@@ -94,12 +94,15 @@ def test_when_it_must_not_see_somebody_speak_changes_nothing(
   layout = StreamLayout(
       (Stream("user", written=False, reads=()),
        Stream("out", reads=("user",),
-              silence_penalty=0.0 if silence is None else 3.0),
+              silence_penalty=0.0 if silence is None else 8.0),
        Stream("tool", written=False), Stream("audit")),
       silence=silence, keep_silence=keep, positions=positions)
   tokens, live = tables.random_table(layout, 6, holes=0.3)
   tool = layout.place("tool")
-  options = dataclasses.replace(SAMPLED, logprobs=True, max_new_tokens=16)
+  # Silence is as likely as words, and so it matters when it is penalized.
+  options = dataclasses.replace(
+      SAMPLED, logprobs=True, max_new_tokens=16, frequency_penalty=0.0,
+      logit_bias={} if silence is None else {silence: 7.0})
 
   def write(holes, words, at):
     cells, there = tokens.copy(), live.copy()
@@ -118,6 +121,7 @@ def test_when_it_must_not_see_somebody_speak_changes_nothing(
                 write([], [31] * 8, 7)):
     least = min(len(plain[0]), len(other[0]))
     assert least >= 6 + 15
+    assert silence is None or silence in plain[0][10:]
     for one, two in zip(plain, other):
       np.testing.assert_array_equal(one[:least], two[:least])
 

@@ -96,6 +96,15 @@ def test_a_row_follows():
   assert live.tolist() == [[False, True]]
 
 
+def test_a_stream_hears_what_can_reach_it():
+  """Its penalty for silence grows behind that, and behind nothing else."""
+  deaf = TALK.without("out", "user")
+  found = [step(layout, step(layout, lines(layout, waits=1)), drawn=1)
+           for layout in (TALK, deaf)]
+  assert [x.heard.tolist() for x in found] == [[[True, True]], [[True, False]]]
+  assert [x.silent.tolist() for x in found] == [[[1, 1]], [[1, 0]]]
+
+
 @pytest.mark.parametrize("silence, opened", [
     (1, [True, True]), (None, [False, True])])
 def test_words_open_what_has_ended(silence, opened):
