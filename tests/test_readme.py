@@ -10,7 +10,7 @@ import re
 import shlex
 
 import pytest
-from absl import flags
+from absl import app, flags
 
 from jaxspec import __main__ as front_door
 from jaxspec import drafters, naming
@@ -67,6 +67,7 @@ def test_experiments_of_the_readme_parse(words, monkeypatch):
   name, *argv = words
   if name == "experiments.streams":
     assert "--questions=gsm8k.jsonl" in argv
+  assert app             # imported before, for it defines flags of its own
   known = flags.FlagValues()
   for kind in ("string", "integer", "float", "boolean", "bool", "enum", "list",
                "multi_string", "multi_integer", "multi_enum", "multi_float"):
