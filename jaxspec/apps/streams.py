@@ -101,7 +101,8 @@ def define_flags(values: flags.FlagValues) -> None:
     "row_drafter",
     "",
     "lookup:length=3 or medusa:heads=FOLDER guesses whole rows, which are "
-    "verified together; the rows are the same",
+    "verified together; the rows are the same, but for near ties that wider "
+    "passes round otherwise",
   )
   number("room", None, "rows of the table at most")
   number(

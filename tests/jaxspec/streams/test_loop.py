@@ -209,9 +209,10 @@ def test_drafted_rows_are_the_plain_ones(name, options):
 def test_drafted_rows_of_a_model_that_attends(model, name):
   """Two turns of two sessions, in which streams end and are opened again."""
   layout = TALK if name == "silent" else StreamLayout(
-      (Stream("user", written=False), Stream("out"),
+      (Stream("user", written=False, reads=()), Stream("out"),
        Stream("think", reads=("out",))), positions="counters")
   given = [tables.random_table(layout, n, seed=n, holes=0.2) for n in (6, 9)]
+  assert layout.apart == (name == "counters")       # even holes have a place
   # Each says again what it said: there is something to be looked up.
   given = [(np.concatenate([t, t]), np.concatenate([v, v])) for t, v in given]
   sampled = dataclasses.replace(
