@@ -67,7 +67,7 @@ FLAGS = flags.FLAGS
 # What is asked for; the second is known word by word.
 TASKS = {"answer": "{}", "copy": "Repeat this text word for word: {}"}
 WIDTHS = (16, 64, 128, 256, 512)
-_STOPS, _BIASES = 16, 64
+_STOPS, _BIASES, _QUIET, _WAIT = 16, 64, 10, 8
 
 
 def define_flags() -> None:
@@ -99,11 +99,12 @@ def define_flags() -> None:
   flags.DEFINE_integer("delays", 8, "questions whose delay is measured")
   flags.DEFINE_integer("answer_tokens", 64, "of such an answer at most")
   flags.DEFINE_float(
-      "silence_penalty", 0.0, "of the stream that answers, in delay and "
-      "interrupt; as for the streams command")
+      "silence_penalty", None, "of the stream that answers, in delay and "
+      "interrupt; as for the streams command; by default as the layout says")
   flags.DEFINE_integer(
-      "wait", 8, "words of a question that are there before an answer begins, "
-      "where no silence lets the model wait by itself")
+      "wait", None, "words of a question that are there before an answer "
+      "begins, where no silence lets the model wait by itself; by default "
+      f"{_WAIT}")
   flags.DEFINE_integer("interrupts", 10, "for each stride")
   flags.DEFINE_list("strides", ["1", "4"], "passes between two looks at what "
                     "was pushed, when interrupted")
@@ -279,9 +280,6 @@ class Talk:
              ) -> dict[str, Any]:
     """The answer is written while the question is read."""
     layout, read, wrote, useful = self.streams.layout, [], [], 0
-    if layout.silence is not None:   # which counts as a token
-      options = dataclasses.replace(
-          options, max_new_tokens=options.max_new_tokens + len(question))
     with self.open(question[:self.wait], options) as session:
       session.push(self.user, question[self.wait:])
       jax.block_until_ready(self.streams._batch)
@@ -321,8 +319,6 @@ def delay(read: tuple[int, float], wrote: Sequence[tuple[int, float]]
 def as_it_comes(alone: Streams, prefix: Sequence[int], words: Sequence[int],
                 options: Options) -> dict[str, Any]:
   """One stream: a question, a token a row, and then its answer."""
-  options = dataclasses.replace(
-      options, max_new_tokens=options.max_new_tokens + len(words) - 1)
   with alone.open(prefix=prefix, given={"text": words[:1]},
                   options=options) as session:
     session.push("text", words[1:])
@@ -470,31 +466,65 @@ def prompts_of(tokenizer: Any, questions: Iterable[str], longest: int,
   return {task: [one[task] for one in fits] for task in TASKS}
 
 
-def load_talks(base: Generator, folder: str, layout: str,
-               drafters: Sequence[str], room: int, wait: int,
-               penalty: float = 0.0) -> dict[str, Talk]:
+def layout_of(folder: str, name: str, tokenizer: Any, *,
+              penalty: float | None = None, wait: int | None = None
+              ) -> StreamLayout:
+  """The streams of delay and interrupt.
+
+  Args:
+    folder: that train_streams made; "" for the model as it is.
+    name: of a layout, where no folder says it.
+    penalty: of the silence of the stream that answers.
+    wait: words of a question before its answer, if anybody asked for that.
+
+  Raises:
+    InputError: something that the layout has no use for.
+  """
+  if folder and name:
+    raise InputError(f"--layout={name} and --taught={folder} both say it; "
+                     "leave one of them out")
+  if folder:
+    from jaxspec.streams import taught
+    layout = taught.layout_of(pathlib.Path(folder) / "streams")
+  elif name:
+    layout = layouts.parse(name, tokenizer)
+  else:
+    layout = layouts.reading(positions="rows")
+  if layout.silence is None:
+    if penalty is not None:
+      raise InputError(f"--silence_penalty={penalty} is for streams with a "
+                       "silence token, and these have none; leave it out")
+    return layout
+  if wait is not None:
+    raise InputError(f"--wait={wait} is for streams without silence; these "
+                     "wait by themselves; leave it out")
+  if not layout.quiet:
+    # Who has nothing to say would go on to the end of the table.
+    layout = dataclasses.replace(layout, quiet=_QUIET)
+  if penalty is not None:
+    layout = layout.penalized(layout.names[layout.written[0]], str(penalty))
+  return layout
+
+
+def load_talks(base: Generator, folder: str, layout: StreamLayout,
+               drafters: Sequence[str], room: int, wait: int
+               ) -> dict[str, Talk]:
   """The streams of delay and interrupt, with drafters and without.
 
   Args:
     folder: that train_streams made; "" for the model as it is, which is asked
       as it is in a chat.
-    penalty: of the silence of the stream that answers, where there is one.
+    layout: see `layout_of`.
   """
   before, _, behind = chat(base.tokenizer, "")
   model, prefix, first = StreamModel(base.model), before, behind
   if folder:
     from jaxspec.streams import taught
-    model, chosen = taught.load(pathlib.Path(folder) / "streams", base.model)
+    model, _ = taught.load(pathlib.Path(folder) / "streams", base.model)
     prefix, first = [], []
-  elif layout:
-    chosen = layouts.parse(layout, base.tokenizer)
-  else:
-    chosen = layouts.reading(positions="rows")
-  if penalty and chosen.silence is not None:
-    chosen = chosen.penalized(chosen.names[chosen.written[0]], str(penalty))
   return {
       f"beside, {text}" if text else "beside": Talk(
-          Streams(model, chosen, base.tokenizer, drafter=text, room=room,
+          Streams(model, layout, base.tokenizer, drafter=text, room=room,
                   eos_ids=base.eos_ids, mesh=base.mesh), prefix, first, wait)
       for text in ("", *drafters)}
 
@@ -612,29 +642,35 @@ def main(argv: list[str]) -> None:
   del argv
   settings = dict(retries=FLAGS.retries, max_foreign=FLAGS.max_foreign)
   base = Generator.load(FLAGS.model, dtype=FLAGS.dtype)
+  try:
+    layout = layout_of(FLAGS.taught, FLAGS.layout, base.tokenizer,
+                       penalty=FLAGS.silence_penalty, wait=FLAGS.wait)
+  except InputError as e:
+    raise app.UsageError(str(e)) from e
+  wait = _WAIT if FLAGS.wait is None else FLAGS.wait
   questions = read_questions(FLAGS.questions)[::FLAGS.every]
   prompts = prompts_of(base.tokenizer, questions, FLAGS.prompt_tokens,
                        FLAGS.count * max(map(int, FLAGS.streams)))
   least = max(FLAGS.delays, FLAGS.interrupts > 0)
-  short = list(itertools.islice((text for text in questions if FLAGS.wait < len(
+  short = list(itertools.islice((text for text in questions if wait < len(
       chat(base.tokenizer, text)[1]) <= FLAGS.prompt_tokens), least))
   if not prompts["answer"] or len(short) < least:
     raise app.UsageError(
         f"of {len(questions)} questions {len(short)} have at most "
         f"--prompt_tokens={FLAGS.prompt_tokens} tokens and more than "
-        f"--wait={FLAGS.wait}; allow more, or name another file")
+        f"--wait={wait}; allow more, or name another file")
   output = pathlib.Path(FLAGS.output)
   journal = Journal(output.with_name(output.name + ".records"), [
       machine.commit(), FLAGS.model, FLAGS.dtype, FLAGS.taught,
       digest(f"{FLAGS.taught}/streams") if FLAGS.taught else "", FLAGS.layout,
-      FLAGS.wait, FLAGS.silence_penalty, FLAGS.answer_tokens, settings])
+      wait, FLAGS.silence_penalty, FLAGS.answer_tokens, settings])
   records = measure_races(base, journal, prompts, **settings)
   # A table holds a question twice, as silence, its answer, and what frames it.
   room = 2 * FLAGS.prompt_tokens + FLAGS.answer_tokens + 64
   talks = load_talks(
-      base, FLAGS.taught, FLAGS.layout,
+      base, FLAGS.taught, layout,
       [text for text in FLAGS.drafter if text.startswith("lookup")], room,
-      FLAGS.wait, FLAGS.silence_penalty)
+      wait)
   records += measure_delays(base, talks, journal, short[:FLAGS.delays],
                             **settings)
   if FLAGS.interrupts:

@@ -2,6 +2,7 @@
 """What the README and the configs say is true of the code they speak of."""
 
 import ast
+import functools
 import importlib
 import inspect
 import pathlib
@@ -9,6 +10,7 @@ import re
 import shlex
 
 import pytest
+from absl import app, flags
 
 from jaxspec import __main__ as front_door
 from jaxspec import drafters, naming
@@ -50,8 +52,44 @@ def test_command_lines_of_the_readme_parse(words, monkeypatch):
   assert settings.profile_dir if words[0] == "profile" else settings.model
 
 
+def experiments(text: str) -> list[list[str]]:
+  """The words of each `python -m experiments.*`, in fences and in sentences."""
+  fenced = re.sub(r"\\\n\s*", " ", "\n".join(fences("sh"))).splitlines()
+  spoken = re.findall(r"`(python -m experiments\.[^`]*)`", text)
+  lines = [line for line in [*fenced, *spoken]
+           if line.strip().startswith("python -m experiments.")]
+  return [shlex.split(line, comments=True)[2:] for line in lines]
+
+
+@pytest.mark.parametrize("words", experiments(README), ids=" ".join)
+def test_experiments_of_the_readme_parse(words, monkeypatch):
+  """With all flags that are required."""
+  name, *argv = words
+  if name == "experiments.streams":
+    assert "--questions=gsm8k.jsonl" in argv
+  assert app             # imported before, for it defines flags of its own
+  known = flags.FlagValues()
+  for kind in ("string", "integer", "float", "boolean", "bool", "enum", "list",
+               "multi_string", "multi_integer", "multi_enum", "multi_float"):
+    define = getattr(flags, f"DEFINE_{kind}")
+    monkeypatch.setattr(flags, f"DEFINE_{kind}",
+                        functools.partial(define, flag_values=known))
+  module = importlib.import_module(name)
+  if hasattr(module, "define_flags"):
+    module.define_flags()
+    known([name, *argv])
+    return
+  # Others define them when they are imported.
+  source = inspect.getsource(module)
+  for word in argv:
+    assert f'"{word[2:].partition("=")[0]}"' in source, word
+  for flag in re.findall(r'DEFINE_\w+\(\s*"(\w+)"[^)]*required=True', source):
+    assert any(word.startswith(f"--{flag}=") for word in argv), flag
+
+
 def test_the_readme_has_command_lines():
   assert len(commands("\n".join(fences("sh")))) >= 4
+  assert len(experiments(README)) >= 10
 
 
 def test_links_lead_somewhere():

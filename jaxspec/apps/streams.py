@@ -6,11 +6,13 @@
 
 Columns are streams. With --listen, lines on stdin are read while the model
 writes: `user: Wait!` goes to that stream, one word alone in a line, `/stop`,
-interrupts. On a terminal they are typed below the rows.
+stops the writing until there are words again, or an empty line, which lets it
+go on. On a terminal they are typed below the rows.
 """
 
 import codecs
 import contextlib
+import dataclasses
 import json
 import os
 import queue
@@ -65,6 +67,7 @@ def define_flags(values: flags.FlagValues) -> None:
     "if it is a folder with one",
   )
   text("prefix", "", "the text that all streams share")
+  number("prefix_room", 256, "most tokens of --prefix")
   many(
     "given",
     None,
@@ -91,18 +94,30 @@ def define_flags(values: flags.FlagValues) -> None:
     "listen",
     False,
     "read lines from stdin while the model writes: `STREAM: words`, or "
-    f"{_STOP} to interrupt",
+    f"{_STOP} to stop the writing until the next such line or an empty one",
     flag_values=values,
   )
   text(
     "row_drafter",
     "",
     "lookup:length=3 or medusa:heads=FOLDER guesses whole rows, which are "
-    "verified together; the rows are the same",
+    "verified together; the rows are the same, but for near ties that wider "
+    "passes round otherwise",
   )
   number("room", None, "rows of the table at most")
+  number(
+    "quiet",
+    None,
+    "rows of nothing but silence after which it waits for more words, and 0 "
+    "for never; by default as the layout says",
+  )
   number("stride", 4, "passes between two looks at what was read")
-  text("cache", "contiguous", "contiguous or paged, with options as in decode")
+  text(
+    "cache",
+    "contiguous",
+    "contiguous, paged or, where positions are those of rows, window; with "
+    "options as in decode",
+  )
   flags.DEFINE_enum(
     "emit",
     "text",
@@ -185,6 +200,13 @@ def _streams(
     "silence_penalty", "NUMBER", settings.silence_penalty, layout
   ):
     layout = layout.penalized(name, penalty)
+  if settings.quiet is not None:
+    if layout.silence is None:
+      raise InputError(
+        f"--quiet={settings.quiet} counts rows of silence, and the layout has "
+        "no silence token; leave it out"
+      )
+    layout = dataclasses.replace(layout, quiet=settings.quiet)
   if (
     model is None
     and embedding is None
@@ -198,6 +220,7 @@ def _streams(
     embedding=embedding,
     drafter=settings.row_drafter,
     room=settings.room,
+    prefix_room=settings.prefix_room,
     cache=settings.cache,
   )
 
@@ -236,6 +259,8 @@ def _converse(
             raise InputError(f"{line.strip()!r} must look like STREAM: words")
           if words.strip():
             session.push(name.strip(), words.rstrip("\n"))
+          elif not line.strip():
+            session.resume()
         except InputError as e:  # What is mistyped ends no session.
           with aside():
             launch.say(" ".join(str(e).split()))

@@ -49,6 +49,8 @@ _MAY_CHANGE = ("resume", "compilation_cache_dir", "output", "minutes",
                "silence_penalty")
 # Words behind the leader: of an answer, and of remarks on it.
 _WAIT, _REMARK = 5, 1
+# Rows of silence after which a session that is taught so waits for more words.
+_QUIET = 10
 # Two vectors nearer than this are one to the model.
 _APART = 0.05
 
@@ -62,11 +64,19 @@ def define_flags(values: flags.FlagValues) -> None:
   number = lambda *args: flags.DEFINE_integer(*args, flag_values=values)
   real = lambda *args: flags.DEFINE_float(*args, flag_values=values)
   switch = lambda *args: flags.DEFINE_boolean(*args, flag_values=values)
-  text("layout", "reading", "the streams: reading, auditing, thoughts, or a "
-       "JSON file of the fields of jaxspec.streams.StreamLayout")
+  text("layout", "reading", "the streams: reading, auditing, thoughts, single, "
+       "or a JSON file of the fields of jaxspec.streams.StreamLayout")
   text("silence", None, "the text of the one token that stands in empty cells, "
        "and by its row in the table is the place of each token; by default as "
        "the layout has it")
+  text("position_rule", None, "without --silence: counters, the place of a "
+       "token is how many its stream had before; or rows, its row; by default "
+       "as the layout has it")
+  many("lead", None, "STREAM=NUMBER, without --silence: how far the count of a "
+       "stream is ahead, so that it sees what came so many rows before it; may "
+       "be repeated")
+  many("given", None, "STREAM=WORDS, a stream's first words, on which the "
+       "model goes on; in use they are given as well; may be repeated")
   switch("keep_silence", False, "with --silence: later tokens see silence too")
   many("silence_penalty", None, "STREAM=NUMBER, in use taken off the logit of "
        "the stream's silence, more and more in the rows behind the last that "
@@ -215,6 +225,13 @@ def _check(settings: types.SimpleNamespace) -> None:
   if not rank and settings.adapter_alpha is not None:
     raise InputError("--adapter_alpha is for an adapter, and --adapter_rank=0 "
                      "asks for none; leave one out")
+  if settings.silence is None and settings.keep_silence:
+    raise InputError("--keep_silence is for --silence, and there is none; name "
+                     "the token, or leave it out")
+  for name in ("position_rule", "lead"):
+    if settings.silence is not None and getattr(settings, name):
+      raise InputError(f"--{name} is for streams without --silence, by which "
+                       "positions are those of rows; leave one of them out")
   if settings.rate is None:
     settings.rate = 1e-3 if rank else 3e-5
   naming.number("train_streams", "rate", settings.rate, 0, 1)
@@ -247,9 +264,13 @@ def _layout(settings: types.SimpleNamespace, generator: Generator
       raise InputError(f"--silence={settings.silence!r} is {len(ids)} tokens; "
                        "name one")
     layout = dataclasses.replace(
-      layout, positions="rows", silence=ids[0],
+      layout, positions="rows", silence=ids[0], quiet=_QUIET,
       keep_silence=settings.keep_silence,
       streams=tuple(dataclasses.replace(s, lead=0) for s in layout.streams))
+  if settings.position_rule is not None:
+    layout = dataclasses.replace(layout, positions=settings.position_rule)
+  for name, lead in launch.by_stream("lead", "NUMBER", settings.lead, layout):
+    layout = layout.leading(name, lead)
   for name, penalty in launch.by_stream(
     "silence_penalty", "NUMBER", settings.silence_penalty, layout
   ):
@@ -291,11 +312,8 @@ def _tables(settings: types.SimpleNamespace, generator: Generator,
   end = list(generator.eos_ids[:1])
   written = {s.name for s in layout.streams if s.written}
 
-  def encode(words: str) -> list[int]:
-    if not layout.by_word:
-      return tokenizer.encode(words, special=False)
-    return [i for word in words.split()
-            for i in tokenizer.encode(" " + word, special=False)]
+  encode = _encoder(tokenizer, layout)
+  given = _given(settings, tokenizer, layout)
 
   def convert(item: Any) -> list[Table]:
     if isinstance(item, list):
@@ -310,11 +328,28 @@ def _tables(settings: types.SimpleNamespace, generator: Generator,
                            f"{layout.silence}; name another by --silence")
       found.append(conversion.side_by_side(
         layout, columns, follows, begins=lambda token: bool(beginnings[token]),
-        pieces=pieces, ends=written if end else frozenset()))
+        pieces=pieces, given=given, ends=written if end else frozenset()))
     return found
 
   return [table for data in settings.data for file in runs.files(data)
           for table in conversion.read(file, convert)]
+
+
+def _encoder(tokenizer: Any, layout: StreamLayout
+             ) -> Callable[[str], list[int]]:
+  """Text as a session of the layout reads it."""
+  if not layout.by_word:
+    return lambda words: tokenizer.encode(words, special=False)
+  return lambda words: [i for word in words.split() for i in tokenizer.encode(
+    " " + word, special=False)]
+
+
+def _given(settings: types.SimpleNamespace, tokenizer: Any,
+           layout: StreamLayout) -> dict[str, list[int]]:
+  """What streams go on from, by --given."""
+  encode = _encoder(tokenizer, layout)
+  return {name: encode(words) for name, words in launch.by_stream(
+    "given", "WORDS", settings.given, layout)}
 
 
 def _follows(settings: types.SimpleNamespace, layout: StreamLayout
@@ -368,7 +403,9 @@ def _judge(settings: types.SimpleNamespace, generator: Generator,
     taught, layout, generator.tokenizer, sessions=min(_SESSIONS, len(some)),
     room=room, prefix_room=0, eos_ids=generator.eos_ids, mesh=generator.mesh)
   options = generator.default_options(temperature=0.0, max_new_tokens=room)
-  tables = delay.converse(streams, asked, options)
+  tables = delay.converse(
+    streams, asked, options,
+    given=_given(settings, generator.tokenizer, layout))
   decode = lambda table, at: generator.tokenizer.decode(
     table.tokens[delay.said(layout, table)[:, at], at].tolist())
   found["delay"] = delay.summary([delay.delays(layout, t) for t in tables])

@@ -29,6 +29,8 @@ _LARGEST_HEADER = 100_000_000  # What the safetensors library accepts.
 _READABLE = ("F32", "F16", "BF16", "F64")
 # Tables that old files store and every reader computes.
 _HARMLESS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "attn.bias")
+# Of multi-stream models: stored by all, used by those that gate by role.
+_GATING = "self_attn.gate_in_norm.weight"
 # Where the body may stand: plain, multimodal old and new, headless.
 _ROOTS = ("model.", "language_model.model.", "model.language_model.", "")
 
@@ -139,6 +141,13 @@ class HuggingFace(Checkpoint):
       if name.startswith(layers) and name not in used:
         if name.endswith(_HARMLESS):
           continue
+        if name.endswith(_GATING):
+          if not self.hf.get("role_gating_enabled"):
+            continue
+          raise InputError(
+              f"{self.folder / 'config.json'} says role_gating_enabled=true, "
+              "and gates by role are not known here; use a model without."
+          )
         raise InputError(
             f"{self._owner[name][0]}: tensor {name!r} has no place in a"
             f" {self.config.family} model; check model_type in config.json."

@@ -106,8 +106,8 @@ def side_by_side(layout: StreamLayout, columns: Mapping[str, Sequence[int]],
       if layout.positions == "counters" and late > 0:
         raise InputError(
             f"stream {name} begins {start - head} rows late, and by its count "
-            "it would not see what it waited for; use positions of rows, or a "
-            "larger lead")
+            "it would not see what it waited for; use "
+            f"--lead={name}={start - head} or more, or --position_rule=rows")
     rows[name] = found
     return found
 

@@ -62,17 +62,19 @@ def summary(found: Sequence[Mapping[str, int | None]]
 
 
 def converse(streams: Streams, asked: Sequence[Mapping[str, Words]],
-             options: Options, stride: int = 8) -> list[Table]:
+             options: Options, stride: int = 8,
+             given: Mapping[str, Words] | None = None) -> list[Table]:
   """What the model says while it reads, as many at a time as there is room.
 
   Args:
     asked: for each table, the words of the streams that are read.
+    given: the first words of streams, in all of them.
   """
   tables = []
   for at in range(0, len(asked), streams.sessions):
     sessions: list[Session] = []
     for words in asked[at:at + streams.sessions]:
-      session = streams.open(options=options)
+      session = streams.open(given=given, options=options)
       for name, text in words.items():
         session.push(name, text)
       sessions.append(session)

@@ -44,7 +44,7 @@ class Stream:
       from that of others. None takes its place among the streams.
     reads: names of the streams it may read beside itself; None for all.
     silence_penalty: taken off the logit of the silence token, while nothing is
-      being read (see `StreamLayout.ramp`).
+      being read that can reach it (see `StreamLayout.ramp`).
     stop: what an end token in it ends: the "stream", the whole "session", or
       "never" anything.
     lead: how far its count is ahead of the others' from the start; for a
@@ -69,7 +69,7 @@ class StreamLayout:
       each at the number of tokens its own stream had before.
     silence: the token of an empty cell; None where an empty cell is no token.
     keep_silence: whether keys of silent cells are kept. Those that are not are
-      seen by no later token, and take no room in a cache.
+      seen by no later token, and take no room in a cache (but see `apart`).
     ramp: rows without input after which silence penalties are at their full
       weight; they grow from nothing.
     quiet: rows of nothing but silence, with nothing left to be read, after
@@ -184,6 +184,11 @@ class StreamLayout:
       seen = seen | (seen[:, middle:middle + 1] & seen[middle:middle + 1])
     return seen
 
+  @functools.cached_property
+  def apart(self) -> bool:
+    """Whether there is a stream that must have no effect on another."""
+    return not self.reaches[:-1, :-1].all()
+
   def place(self, name: str) -> int:
     """Which column is called so.
 
@@ -223,6 +228,14 @@ class StreamLayout:
       raise InputError(f"the silence penalty of stream {name} must be a number "
                        f"from 0 on, got {text!r}")
     return self._changed(at, silence_penalty=penalty)
+
+  def leading(self, name: str, text: str) -> "StreamLayout":
+    """The same, with another lead of a stream, as flags give it."""
+    at = self.place(name)
+    if not text.isdecimal():
+      raise InputError(f"the lead of stream {name} must be a whole number from "
+                       f"0 on, got {text!r}")
+    return self._changed(at, lead=int(text))
 
   def _changed(self, at: int, **fields: Any) -> "StreamLayout":
     new = dataclasses.replace(self.streams[at], **fields)

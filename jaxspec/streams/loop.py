@@ -62,9 +62,10 @@ def init(model: StreamModel, layout: StreamLayout, cache: StreamCache, *,
 
   lines = Lines(
       zeros(streams, room), zeros(room, streams, dtype=bool), zeros(streams),
-      zeros(streams), zeros(), zeros(streams, dtype=bool),
+      zeros(streams), zeros(), zeros(streams, dtype=bool), zeros(streams),
       Queue(zeros(streams, queue), zeros(streams), zeros(streams)),
-      zeros(dtype=bool), zeros(), zeros(), ~zeros(dtype=bool),
+      zeros(streams, dtype=bool), zeros(streams), zeros(),
+      ~zeros(dtype=bool),
       jnp.full((batch, streams, room), jnp.nan))
   request = Request(
       sampling.defaults(batch * streams, biases),
@@ -98,10 +99,9 @@ def prefill(model: StreamModel, layout: StreamLayout,
   def part(x, i, size):
     return lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
 
-  def read(cache, block):
+  def read(cache, block, left):
     _, fresh = rows.extend(model, layout, cache, block)
-    return rows.commit(cache, block, fresh, jnp.full(
-        sessions, block.tokens.shape[1], jnp.int32))
+    return rows.commit(cache, block, fresh, left)
 
   if prefix.shape[1]:
     width = min(chunk, prefix.shape[1])
@@ -109,7 +109,7 @@ def prefill(model: StreamModel, layout: StreamLayout,
     def read_prefix(i, cache):
       return read(cache, rows.prefix_block(
           layout, part(prefix, i, width), part(everything, i, width),
-          i * width))
+          i * width), base - i * width)
     cache = lax.fori_loop(0, (jnp.max(base) + width - 1) // width,
                           read_prefix, cache)
 
@@ -124,8 +124,8 @@ def prefill(model: StreamModel, layout: StreamLayout,
     block = rows.table_block(
         layout, part(tokens, i, some), cells,
         jnp.full(sessions, i * some, jnp.int32), counts, base)
-    return read(cache, block), counts + jnp.sum(cells, axis=1,
-                                                dtype=jnp.int32)
+    return (read(cache, block, count - 1 - i * some),
+            counts + jnp.sum(cells, axis=1, dtype=jnp.int32))
   cache, _ = lax.fori_loop(
       0, (jnp.max(count) - 1 + some - 1) // some, read_table,
       (cache, jnp.zeros((sessions, streams), jnp.int32)))
@@ -160,10 +160,10 @@ def insert(layout: StreamLayout, batch: StreamState, at: Int[Array, "R"],
   zero = jnp.zeros(sessions, jnp.int32)
   empty = jnp.zeros((sessions, streams), jnp.int32)
   lines = Lines(
-      texts, filled, counts, counts, reading.count - 1, open_,
+      texts, filled, counts, counts, reading.count - 1, open_, empty,
       Queue(jnp.zeros((sessions, *old.queue.tokens.shape[1:]), jnp.int32),
             empty, empty),
-      zero > 0, zero, zero, zero > 0,
+      empty > 0, empty, zero, zero > 0,
       jnp.full(texts.shape, jnp.nan))
   request = request.replace(
       sampling=state.noise_keys(layout, request.sampling))
@@ -197,12 +197,18 @@ def release(batch: StreamState, which: Bool[Array, "B"]) -> StreamState:
       lines=lines.replace(ended=lines.ended | which))
 
 
-@functools.partial(jax.jit, donate_argnames=("batch",))
-def push(batch: StreamState, session: Int[Array, ""], stream: Int[Array, ""],
-         tokens: Int[Array, "T"], count: Int[Array, ""]) -> StreamState:
+@functools.partial(jax.jit, static_argnames=("layout",),
+                   donate_argnames=("batch",))
+def push(layout: StreamLayout, batch: StreamState, session: Int[Array, ""],
+         stream: Int[Array, ""], tokens: Int[Array, "T"],
+         count: Int[Array, ""], anew: Bool[Array, ""]) -> StreamState:
   """Appends `tokens[:count]` to what a stream has to read.
 
   Whoever calls sees to it that there is room.
+
+  Args:
+    anew: whether these begin something new, so that the streams they can reach
+      may say as much as at first.
   """
   queue = batch.lines.queue
   size = queue.tokens.shape[2]
@@ -212,7 +218,10 @@ def push(batch: StreamState, session: Int[Array, ""], stream: Int[Array, ""],
   queue = queue.replace(
       tokens=queue.tokens.at[session, stream, at].set(tokens, mode="drop"),
       tail=queue.tail.at[session, stream].add(count))
-  return batch.replace(lines=batch.lines.replace(queue=queue))
+  spoken = jnp.arange(layout.count) == stream
+  reached = state.reaching(layout, spoken[None])[0] & anew
+  spent = batch.lines.spent.at[session].multiply(~reached)
+  return batch.replace(lines=batch.lines.replace(queue=queue, spent=spent))
 
 
 @functools.partial(jax.jit, donate_argnames=("batch",))
@@ -330,7 +339,7 @@ def settle(model: StreamModel, layout: StreamLayout, batch: StreamState,
   with jax.named_scope("commit"):
     cache = rows.commit(batch.cache, block, fresh, taken)
     added = cache.length - batch.cache.length
-    wanted = jnp.sum(block.flat(block.kept & (
+    wanted = jnp.sum(block.flat(block.placed & (
         jnp.arange(drafts + 1)[None, :, None] < taken[:, None, None])),
         axis=1, dtype=jnp.int32)
     # A session whose keys found no room ends where it was.

@@ -19,7 +19,8 @@ from jaxspec.models.transformer import Transformer
 from jaxspec.streams.layout import StreamLayout
 
 # The names under which checkpoints hold the table of stream embeddings: ours,
-# and that of the published Qwen3 models.
+# and that of the published Qwen3 models. All else is named as in any Qwen3, but
+# for a norm in each layer that these do not use (`jaxspec.checkpoint.hf`).
 NAMES = ("stream_embedding", "model.channel_embedding.weight")
 FILE = "streams.safetensors"
 

@@ -27,12 +27,14 @@ class Block:
   Attributes:
     live: cells that hold a token.
     kept: cells whose keys later tokens may see.
+    placed: cells that take a slot of the cache.
     streams: the stream of each column; that of a prefix is `layout.count`.
   """
 
   tokens: Int[Array, "B n W"]
   live: Bool[Array, "B n W"]
   kept: Bool[Array, "B n W"]
+  placed: Bool[Array, "B n W"]
   positions: Int[Array, "B n W"]
   streams: tuple[int, ...] = struct.field(pytree_node=False)
 
@@ -55,6 +57,9 @@ def table_block(layout: StreamLayout, tokens: Int[Array, "B n C"],
                 counts: Int[Array, "B C"], base: Int[Array, "B"]) -> Block:
   """Rows of a table as a block.
 
+  What is said behind a hole is what would be said behind the stream's last
+  word if it stood in the row of the hole; it must be among the `tokens`.
+
   Args:
     first: the number of the first of these rows.
     counts: the tokens each stream has had before them.
@@ -64,12 +69,16 @@ def table_block(layout: StreamLayout, tokens: Int[Array, "B n C"],
     row = first[:, None] + jnp.arange(tokens.shape[1])[None]
     place = jnp.broadcast_to(row[..., None], tokens.shape)
   else:
-    before = jnp.cumsum(live, axis=1, dtype=jnp.int32) - live
-    place = counts[:, None] + before + layout.leads[None, None]
+    # A hole asks the last word before it again, in that word's place.
+    before = jnp.cumsum(live, axis=1, dtype=jnp.int32) - 1
+    place = jnp.maximum(counts[:, None] + before, 0) + layout.leads[None, None]
   kept = live
   if not layout.keep_silence:
     kept = live & (tokens != layout.silence)
-  return Block(tokens, live, kept, base[:, None, None] + place,
+  # Sums over keys are rounded by where these lie: who must have no effect may
+  # not move them, and so even its holes have a place.
+  placed = jnp.ones_like(kept) if layout.apart else kept
+  return Block(tokens, live, kept, placed, base[:, None, None] + place,
                tuple(range(layout.count)))
 
 
@@ -79,7 +88,7 @@ def prefix_block(layout: StreamLayout, tokens: Int[Array, "B T"],
   place = start + jnp.broadcast_to(jnp.arange(tokens.shape[1])[None],
                                    tokens.shape)
   live = live[..., None]
-  return Block(tokens[..., None], live, live, place[..., None],
+  return Block(tokens[..., None], live, live, live, place[..., None],
                (layout.count,))
 
 
@@ -117,10 +126,11 @@ def seen(layout: StreamLayout, block: Block) -> Bool[Array, "B N N"]:
 
 def commit(cache: StreamCache, block: Block, fresh: Fresh,
            taken: Int[Array, "B"]) -> StreamCache:
-  """Keeps the keys of each row's first `taken` rows of the table."""
+  """Keeps the keys of the first `taken` rows of each session's table."""
   index = jnp.arange(block.tokens.shape[1])[None, :, None]
-  wanted = block.flat(block.kept & (index < taken[:, None, None]))
+  wanted = block.flat(block.placed & (index < taken[:, None, None]))
   path = jnp.argsort(~wanted, axis=1, stable=True).astype(jnp.int32)
   streams = jnp.broadcast_to(block.node_streams[None], wanted.shape)
-  fresh = StreamFresh(fresh.k, fresh.v, block.flat(block.positions), streams)
+  places = block.flat(jnp.where(block.kept, block.positions, -1))
+  fresh = StreamFresh(fresh.k, fresh.v, places, streams)
   return cache.commit(fresh, path, jnp.sum(wanted, axis=1, dtype=jnp.int32))

@@ -178,7 +178,8 @@ class Streams:
       given: the first words of streams, on whose last ones the model goes on.
         They end in the same row. A stream without any begins with silence.
       options: for all streams, or by the name of each that is written.
-        `max_new_tokens` is for each stream, a silence being a token too.
+        `max_new_tokens` is for each stream, from the last words on that were
+        pushed and can reach it; silence uses none of them.
 
     Raises:
       InputError: no session is free, or something that cannot be served.
@@ -341,8 +342,11 @@ class Session:
 
   def __init__(self, streams: Streams, at: int, given: int):
     self._streams, self._at, self._given = streams, at, given
-    self._asked = self._closed = self._drop = self._interrupted = False
+    self._asked = self._closed = self._drop = False
+    # Held until something is pushed; and how often, for rows being taken.
+    self._halted, self._interrupts = False, 0
     self._waiting: list[list[int]] = [[] for _ in streams.layout.streams]
+    self._anew = np.zeros(streams.layout.count, bool)
     self._pushed = np.zeros(streams.layout.count, int)
     self._head = np.zeros(streams.layout.count, int)
     self._unseen: deque[Row] = deque()
@@ -362,8 +366,9 @@ class Session:
   def push(self, stream: str, words: Words) -> None:
     """Gives a stream something to read, a token a row.
 
-    Words for a stream that is written are put into the model's mouth, and
-    open it again if it had ended.
+    Streams that have ended and that it can reach are written again, and all of
+    them may say `max_new_tokens` anew. Words for a stream that is written are
+    put into the model's mouth.
     """
     streams = self._streams
     at = streams.layout.place(stream)
@@ -373,34 +378,43 @@ class Session:
     if ids:
       with streams._mail:
         self._waiting[at] += ids
+        self._anew[at], self._halted = True, False
 
   def interrupt(self) -> None:
     """Stops the rows after the one being written; what waits is forgotten.
 
-    The table stays as it is: `push` what comes between, and `rows` goes on.
+    The table stays as it is, and `rows` gives none until something is pushed,
+    or `resume` is called.
     """
-    self._interrupted = True
     with self._streams._mail:
+      self._interrupts += 1
+      self._halted = self._drop = True
       self._waiting = [[] for _ in self._waiting]
-      self._drop = True
+      self._anew[:] = False
+
+  def resume(self) -> None:
+    """Lets `rows` go on behind an interrupt as if there had been none."""
+    with self._streams._mail:
+      self._halted = False
 
   def rows(self, stride: int = 1) -> Iterator[Row]:
     """Yields rows, those that were given first, and writes more of them.
 
-    It ends when nothing is left to be read or written, and may be called again
-    when something is.
+    It ends when nothing is left to be read or written, or at an interrupt, and
+    may be called again when something is pushed.
 
     Args:
       stride: passes at most between two looks at what was pushed.
     """
-    self._interrupted, self._asked = False, True
+    self._asked, interrupts = True, self._interrupts
+
+    def stopped() -> bool:
+      return self._halted or self._interrupts != interrupts
     try:
       while not self._closed:
-        while self._unseen:
+        while self._unseen and not stopped():
           yield self._unseen.popleft()
-          if self._interrupted:
-            return
-        if self._interrupted:
+        if stopped():
           return
         more = self._streams._advance(self, stride)
         if not more and not self._unseen:
@@ -428,8 +442,10 @@ class Session:
       while some := ids[:min(_PUSH, self._room(stream))]:
         padded = np.zeros(_PUSH, np.int32)
         padded[:len(some)] = some
-        batch = loop.push(batch, np.int32(self._at), np.int32(stream), padded,
-                          np.int32(len(some)))
+        batch = loop.push(
+            self._streams.layout, batch, np.int32(self._at), np.int32(stream),
+            padded, np.int32(len(some)), self._anew[stream])
+        self._anew[stream] = False
         self._pushed[stream] += len(some)
         del ids[:len(some)]
     return batch
@@ -438,8 +454,11 @@ class Session:
     return _QUEUE - int(self._pushed[stream] - self._head[stream])
 
   def _known(self) -> int:
-    """Rows that can be written before more has to come from the host."""
-    return min((_QUEUE - self._room(stream)
+    """Rows that can be written before more has to come from the host.
+
+    One less than words there are, so that none seems to be the last.
+    """
+    return min((_QUEUE - self._room(stream) - 1
                 for stream, ids in enumerate(self._waiting) if ids),
                default=2**30)
 

@@ -50,8 +50,9 @@ class Lines:
     given: how many of them were there before the first row was written.
     row: the number of the last row.
     open: streams that the model goes on writing.
-    heard: whether anything was read yet.
-    silent: rows since then in which nothing was read, for the penalties.
+    spent: words it wrote in each since it was last spoken to (`loop.push`).
+    heard: whether anything was read yet that can reach the stream.
+    silent: rows since then in which no such thing was, for the penalties.
     hush: rows of nothing but silence, up to the last.
     ended: sessions that will not go on, whatever is read.
     logprobs: of each token that was drawn, under the model itself, before any
@@ -64,9 +65,10 @@ class Lines:
   given: Int[Array, "B C"]
   row: Int[Array, "B"]
   open: Bool[Array, "B C"]
+  spent: Int[Array, "B C"]
   queue: Queue
-  heard: Bool[Array, "B"]
-  silent: Int[Array, "B"]
+  heard: Bool[Array, "B C"]
+  silent: Int[Array, "B C"]
   hush: Int[Array, "B"]
   ended: Bool[Array, "B"]
   logprobs: Float[Array, "B C R"]
@@ -126,9 +128,11 @@ def advance(layout: StreamLayout, lines: Lines, request: Request,
   """The row that follows, if the model has drawn these tokens.
 
   What waits to be read comes first, in whatever stream: words for a stream
-  that is written are put into the model's mouth, and open it again if it was
-  closed. A pure function of what there is, so that it serves drafted rows as
-  well as real ones.
+  that is written are put into the model's mouth. Words open what has ended of
+  the streams they can reach: with silence at once, for such a stream may say
+  nothing until it knows enough; without behind the last of them. A pure
+  function of what there is, so that it serves drafted rows as well as real
+  ones.
   """
   sessions, streams = lines.counts.shape
   queue = lines.queue
@@ -144,16 +148,22 @@ def advance(layout: StreamLayout, lines: Lines, request: Request,
   else:
     quiet = ~live
 
-  # Counts and limits go for what the model itself may still say.
   def by_stream(x):
     return x.reshape(sessions, streams, *x.shape[1:])
   counts = lines.counts + live
+  # Limits go for what the model itself says, and silence uses none of them.
+  spent = lines.spent + (writes & ~quiet)
+  limit = by_stream(request.limit) - lines.given
   ends = writes & jnp.any(
       tokens[..., None] == by_stream(request.stops), axis=-1)
   stops = jnp.array([s.stop != "never" for s in layout.streams])
   whole = jnp.array([s.stop == "session" for s in layout.streams])
-  open_ = (lines.open | (reads & written[None])) & ~(ends & stops[None])
-  open_ &= counts < by_stream(request.limit)
+  woken = reaching(layout, reads)
+  if layout.silence is None:
+    left = queue.replace(head=queue.head + reads)
+    woken &= ~reaching(layout, left.waits) | reads
+  open_ = (lines.open | (woken & written[None])) & ~(ends & stops[None])
+  open_ &= spent < limit
 
   row = lines.row + 1
   session = jnp.arange(sessions)[:, None]
@@ -162,15 +172,23 @@ def advance(layout: StreamLayout, lines: Lines, request: Request,
   texts = lines.texts.at[session, stream, at].set(tokens, mode="drop")
   noted = lines.logprobs.at[session, stream, at].set(
       jnp.where(writes, logprobs, jnp.nan), mode="drop")
-  heard = jnp.any(reads & ~written[None], axis=1)
+  heard = reaching(layout, reads & ~written[None])
   return lines.replace(
       texts=texts, logprobs=noted, counts=counts, row=row, open=open_,
+      spent=spent,
       filled=lines.filled.at[jnp.arange(sessions), row].set(live, mode="drop"),
       queue=queue.replace(head=queue.head + reads),
       heard=lines.heard | heard,
       silent=jnp.where(heard, 0, lines.silent + (lines.heard | heard)),
       hush=jnp.where(jnp.all(quiet, axis=1), lines.hush + 1, 0),
       ended=lines.ended | jnp.any(ends & whole[None], axis=1))
+
+
+def reaching(layout: StreamLayout, streams: Bool[Array, "B C"]
+             ) -> Bool[Array, "B C"]:
+  """Which streams any of these can have an effect on."""
+  reaches = jnp.asarray(layout.reaches[:-1, :-1])
+  return jnp.any(streams[:, None] & reaches[None], axis=2)
 
 
 def draw(layout: StreamLayout, lines: Lines, request: Request,
@@ -202,7 +220,7 @@ def draw(layout: StreamLayout, lines: Lines, request: Request,
   warped = raw
   if layout.silence is not None and layout.penalties.any():
     ramp = jnp.minimum(1.0, lines.silent / max(layout.ramp, 1))
-    penalty = ramp[:, None] * jnp.asarray(layout.penalties)[None]
+    penalty = ramp * jnp.asarray(layout.penalties)[None]
     warped = raw.at[:, 0, layout.silence].add(-flat(penalty))
   tail, _ = lines.pending
   history = sampling.History(

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import termios
+import threading
 
 import pytest
 
@@ -51,6 +52,13 @@ def test_a_row_a_line(run):
   assert "".join(line.split("\t")[0] for line in lines) == "hi there"
 
 
+@pytest.mark.medium
+def test_two_devices_write_the_same(run):
+  argv = ["--push=user=hi there", "--emit=jsonl"]
+  status, out, _ = run(*argv, "--mesh=tensor=2")
+  assert status == 0 and out == run(*argv)[1] and out.count("\n") > 8
+
+
 def test_lines_are_read_while_it_writes(run, monkeypatch):
   monkeypatch.setattr(sys, "stdin", io.StringIO(
       "user: one\nnobody: two\nthree\n\nuser: four\n"))
@@ -61,21 +69,54 @@ def test_lines_are_read_while_it_writes(run, monkeypatch):
   assert "no stream 'nobody'" in err and "must look like STREAM: words" in err
 
 
-def test_an_interrupt_ends_what_it_says(run, monkeypatch):
-  """What waits is forgotten, and what comes after is read."""
-  session = []
+@pytest.fixture
+def typed(run, monkeypatch):
+  """Types lines, each when a certain row is shown, and gives the rows."""
+  def typed(lines, *argv):
+    shown, rows = threading.Condition(), []
+    show = app._show_json
 
-  class Stdin(io.StringIO):
-    def __iter__(self):
-      yield "user: " + "x" * 9 + "\n"
-      yield "/stop\n"
-      yield "user: on\n"
-      session.append(True)
-  monkeypatch.setattr(sys, "stdin", Stdin())
-  status, out, _ = run("--listen", "--emit=jsonl", "--stride=1")
-  said = "".join(json.loads(line)["texts"]["user"]
-                 for line in out.splitlines())
-  assert status == 0 and session and said.endswith(" on")
+    def note(row):
+      show(row)
+      with shown:
+        rows.append(row)
+        shown.notify_all()
+
+    class Stdin(io.StringIO):
+      def __iter__(self):
+        for number, line in lines:
+          with shown:
+            assert shown.wait_for(lambda least=number: rows and (
+              rows[-1].number >= least), timeout=60)
+          yield line + "\n"
+    monkeypatch.setattr(app, "_show_json", note)
+    monkeypatch.setattr(sys, "stdin", Stdin())
+    status, _, err = run("--listen", "--emit=jsonl", "--stride=1",
+                         "--room=200", "--max_new_tokens=150", "--ignore_eos",
+                         *argv)
+    assert status == 0, err
+    assert [row.number for row in rows] == list(range(len(rows)))
+    return rows
+  return typed
+
+
+@pytest.mark.medium
+def test_stop_ends_the_writing(typed):
+  """What waits is forgotten; nothing is written until something is typed."""
+  rows = typed([(10, "/stop")], "--push=user=" + "x" * 100)
+  assert 11 <= len(rows) < 60
+  read = "".join(row["user"] for row in rows)
+  assert set(read) == {"x"} and len(read) < 60
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("line, read", [("user: on", " on"), ("", "")])
+def test_what_is_typed_after_a_stop_lets_it_go_on(typed, line, read):
+  rows = typed([(10, "/stop"), (10, "nobody: no"), (10, line)],
+               "--push=user=" + "x" * 100)
+  assert "".join(row["user"] for row in rows).lstrip("x") == read
+  said = [row.tokens[1] for row in rows[2:]]
+  assert len(said) >= 150 and None not in said[:150]
 
 
 def test_columns_fit_the_terminal(monkeypatch, capsys):
@@ -163,6 +204,8 @@ def test_a_wrong_flag_is_one_line(run, argv, words):
     (["--room=1000"], "context of 512"),
     (["--silence_penalty=assistant=2"], "no silence token"),
     (["--cache=window"], "use contiguous or paged"),
+    (["--prefix=" + "x" * 9, "--prefix_room=8"], "or prefix_room larger"),
+    (["--quiet=3"], "no silence token; leave it out"),
     (["--kernels=tpu"], "kernels=tpu is not for the devices"),
     (["--stop=x"], "stop texts are not looked for"),
     (["--stream_embedding=/nowhere"], "holds no table"),

@@ -7,6 +7,7 @@ cannot be is refused before there is a run.
 """
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -20,12 +21,17 @@ from jaxspec.streams import taught
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-def run(model, output, *argv):
+def learn(model, output, *argv):
   return front_door.main([
       "train_streams", "--compilation_cache_dir=", f"--model={model}",
-      f"--output={output}", "--layout=auditing", "--silence=~",
-      "--column=auditor={{ row.answer[:2] }}", "--steps=6", "--cells=128",
-      "--positions=64", "--rate=0.003", "--asked=2", "--adapter_rank=4", *argv])
+      f"--output={output}", "--cells=128", "--positions=64", "--rate=0.003",
+      "--adapter_rank=4", *argv])
+
+
+def run(model, output, *argv):
+  return learn(
+      model, output, "--layout=auditing", "--silence=~",
+      "--column=auditor={{ row.answer[:2] }}", "--steps=6", "--asked=2", *argv)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +85,31 @@ def test_what_it_writes_is_read(whole, tiny_model, capsys):
   found = tensors(whole)
   assert np.any(found["."]["stream_embedding"] != 0)
   assert any(name.endswith("qkv.up") for name in found["adapter"])
+
+
+@pytest.mark.medium
+def test_streams_without_silence_learn_to_go_on(tiny_model, tmp_path, capsys):
+  """The published layout: each counts for itself, from given words on."""
+  data = tmp_path / "in.jsonl"
+  data.write_text("".join(json.dumps(
+      {"question": f"what is {n}?", "answer": f"it is {n + 1}"}) + "\n"
+                          for n in range(4)))
+  argv = [tiny_model, tmp_path / "run", "--layout=reading", f"--data={data}",
+          "--given=assistant=A:", "--steps=2", "--judged=2"]
+  assert learn(*argv) == 2
+  error = capsys.readouterr().err
+  lead = re.search(r"--lead=assistant=\d+ or more, or --position_rule=rows",
+                   error)
+  assert lead and error.count("\n") == 1
+  assert learn(*argv, "--lead=assistant=40") == 0
+  layout = taught.layout_of(tmp_path / "run" / "streams")
+  assert layout.positions == "counters" and layout.leads.tolist() == [0, 40]
+  capsys.readouterr()
+  assert streams(tiny_model, tmp_path / "run", "--given=assistant=A:") == 0
+  rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert "".join(row["texts"]["assistant"] for row in rows).startswith("A:")
+  report = json.loads((tmp_path / "run" / "report.json").read_text())
+  assert report["after"]["streams"]["assistant"]["words"] > 0
 
 
 def test_another_model_refuses_it(whole, tiny_model, tmp_path, capsys):
@@ -138,11 +169,30 @@ def test_a_whole_model_learns(tiny_model, data, tmp_path):
     (["--cells=2"], "cells must be an integer"),
     (["--silence_share=2"], "silence_share must be a number"),
     (["--adapter_rank=0", "--adapter_alpha=3"], "leave one out"),
+    (["--position_rule=counters"], "is for streams without --silence"),
+    (["--lead=assistant=3"], "is for streams without --silence"),
 ])
 def test_what_cannot_be_is_one_line(tiny_model, data, tmp_path, capsys, argv,
                                     words):
-  folder = tmp_path / "run"
-  assert run(tiny_model, folder, f"--data={data}", *argv) == 2
+  refused(capsys, tmp_path / "run", words, run(
+      tiny_model, tmp_path / "run", f"--data={data}", *argv))
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--keep_silence"], "--keep_silence is for --silence"),
+    (["--lead=assistant=x"], "must be a whole number"),
+    (["--lead=asistant=1"], "Did you mean 'assistant'?"),
+    (["--position_rule=row"], "Did you mean 'rows'?"),
+    (["--position_rule=rows", "--lead=assistant=1"], "use counters"),
+])
+def test_what_cannot_be_without_silence(tiny_model, data, tmp_path, capsys,
+                                        argv, words):
+  refused(capsys, tmp_path / "run", words, learn(
+      tiny_model, tmp_path / "run", f"--data={data}", *argv))
+
+
+def refused(capsys, folder, words, status):
+  assert status == 2
   error = capsys.readouterr().err
   assert words in error and error.count("\n") == 1
   assert not folder.exists()

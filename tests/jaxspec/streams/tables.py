@@ -113,6 +113,15 @@ def go(batch: state.StreamState) -> state.StreamState:
   return loop.hold(batch, no, no)
 
 
+def push(layout: StreamLayout, batch: state.StreamState, session: int,
+         stream: int, tokens: Sequence[int]) -> state.StreamState:
+  """Up to eight words for a stream, as something new."""
+  padded = np.zeros(8, np.int32)
+  padded[:len(tokens)] = tokens
+  return loop.push(layout, batch, np.int32(session), np.int32(stream), padded,
+                   np.int32(len(tokens)), np.bool_(True))
+
+
 def finish(model: StreamModel, layout: StreamLayout, batch: state.StreamState,
            drafter: Any = None, rows_: int = 2**20) -> state.StreamState:
   """Writes rows until every session waits, or has so many more."""
@@ -127,9 +136,9 @@ class Told:
   tables: Int[Array, "B R C"]
 
   @classmethod
-  def of(cls, known: Sequence[Any]) -> "Told":
+  def of(cls, known: Sequence[Any], room: int = ROOM) -> "Told":
     """One for these tables, of sessions side by side."""
-    return cls(jnp.asarray(np.stack([pad(np.array(cells), ROOM)
+    return cls(jnp.asarray(np.stack([pad(np.array(cells), room)
                                      for cells in known]), jnp.int32))
 
   def propose(self, model, layout, batch):
@@ -199,3 +208,39 @@ def _pass(model, layout, cache, tokens, live, first, counts, base):
                       jnp.full(1, tokens.shape[1], jnp.int32))
   said = model.backbone.unembed(x.reshape(1, -1, x.shape[-1]))
   return said.reshape(*tokens.shape, -1), cache
+
+
+def published_tensors(backbone: Any) -> dict[str, np.ndarray]:
+  """The tensors of a Llama or Qwen3, named as their checkpoints name them."""
+  width = backbone.config.width
+  tensors = {"model.embed_tokens.weight": backbone.embedding,
+             "model.norm.weight": backbone.final_norm}
+  for at, block in enumerate(backbone.layers):
+    qkv = block.qkv[...]
+    names = {
+        "input_layernorm": block.attn_norm, "self_attn.o_proj": block.out,
+        "post_attention_layernorm": block.mlp_norm,
+        "mlp.gate_proj": block.gate, "mlp.up_proj": block.up,
+        "mlp.down_proj": block.down,
+        "self_attn.q_proj": qkv[:, :-2].reshape(-1, width),
+        "self_attn.k_proj": qkv[:, -2].reshape(-1, width),
+        "self_attn.v_proj": qkv[:, -1].reshape(-1, width)}
+    if backbone.config.qk_norm:
+      names |= {"self_attn.q_norm": block.q_norm,
+                "self_attn.k_norm": block.k_norm}
+    tensors |= {f"model.layers.{at}.{name}.weight": value
+                for name, value in names.items()}
+  return {name: np.array(value[...], np.float32)
+          for name, value in tensors.items()}
+
+
+def published_config(backbone: Any, family: str) -> dict[str, Any]:
+  """The config.json of such a checkpoint."""
+  c = backbone.config
+  return {
+      "model_type": family, "vocab_size": c.vocab, "hidden_size": c.width,
+      "intermediate_size": c.mlp, "num_hidden_layers": c.depth,
+      "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads,
+      "head_dim": c.head_size, "max_position_embeddings": c.context,
+      "rms_norm_eps": c.norm_eps, "rope_theta": c.ropes[0].theta,
+      "tie_word_embeddings": c.tied}

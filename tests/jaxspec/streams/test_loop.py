@@ -32,11 +32,6 @@ def model(small):
   return tables.tinted(small)
 
 
-def push(batch, session, stream, tokens):
-  padded = np.zeros(8, np.int32)
-  padded[:len(tokens)] = tokens
-  return loop.push(batch, np.int32(session), np.int32(stream), padded,
-                   np.int32(len(tokens)))
 
 
 @pytest.mark.parametrize("options", [batches.GREEDY, batches.SAMPLED],
@@ -64,10 +59,10 @@ def test_sessions_are_independent_and_rows_are_refilled(model, options):
 
   def write(batch, sessions):
     for at, who in sessions:
-      batch = push(batch, at, 0, words[who])
+      batch = tables.push(TALK, batch, at, 0, words[who])
     batch = tables.finish(model, TALK, batch, rows_=6)
     for at, _ in sessions:
-      batch = push(batch, at, 0, [41, 42])
+      batch = tables.push(TALK, batch, at, 0, [41, 42])
     return tables.finish(model, TALK, batch)
   together = write(tables.begin(model, TALK, given, options),
                    [(0, 0), (1, 1), (2, 2)])
@@ -87,6 +82,48 @@ def test_sessions_are_independent_and_rows_are_refilled(model, options):
   assert rows[3:6, 0].tolist() == [11, 12, 13]
   assert rows[9:11, 0].tolist() == [41, 42]
   assert len(rows) > 15 and (rows[3:, 1:] != TALK.silence).any()
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("silence, keep, positions", [
+    (1, True, "rows"), (1, False, "rows"), (None, True, "rows"),
+    (None, True, "counters")])
+def test_when_it_must_not_see_somebody_speak_changes_nothing(
+    model, silence, keep, positions):
+  """Neither words nor their times: no draw of it, and no bit of a law."""
+  layout = StreamLayout(
+      (Stream("user", written=False, reads=()),
+       Stream("out", reads=("user",),
+              silence_penalty=0.0 if silence is None else 8.0),
+       Stream("tool", written=False), Stream("audit")),
+      silence=silence, keep_silence=keep, positions=positions)
+  tokens, live = tables.random_table(layout, 6, holes=0.3)
+  tool = layout.place("tool")
+  # Silence is as likely as words, and so it matters when it is penalized.
+  options = dataclasses.replace(
+      SAMPLED, logprobs=True, max_new_tokens=16, frequency_penalty=0.0,
+      logit_bias={} if silence is None else {silence: 7.0})
+
+  def write(holes, words, at):
+    cells, there = tokens.copy(), live.copy()
+    cells[holes, tool] = 0 if silence is None else silence
+    there[holes, tool] = silence is not None
+    batch = tables.begin(model, layout, [(cells, there)], options)
+    batch = tables.push(layout, batch, 0, 0, [11, 12, 13])
+    if words:
+      batch = tables.finish(model, layout, batch, rows_=at)
+      batch = tables.push(layout, batch, 0, tool, words)
+    batch = tables.finish(model, layout, batch)
+    found = tables.table(batch)[:, 1]
+    return found, np.asarray(batch.lines.logprobs)[0, 1, :len(found)]
+  plain = write([], [], 0)
+  for other in (write([1, 2, 4], [], 0), write([0, 3], [31, 32, 33], 2),
+                write([], [31] * 8, 7)):
+    least = min(len(plain[0]), len(other[0]))
+    assert least >= 6 + 15
+    assert silence is None or silence in plain[0][10:]
+    for one, two in zip(plain, other):
+      np.testing.assert_array_equal(one[:least], two[:least])
 
 
 @pytest.mark.medium
@@ -155,7 +192,7 @@ def test_drafted_rows_are_the_plain_ones(name, options):
   def write(drafter):
     batch = tables.begin(model, layout, given, options, room=70)
     for session in range(2):
-      batch = push(batch, session, 0, [7, 8, 9])
+      batch = tables.push(layout, batch, session, 0, [7, 8, 9])
     return tables.finish(model, layout, batch, drafter)
   plain = write(None)
   for drafter in (LookupRows(length=3), HeadRows(cycles.medusa_heads(3))):
@@ -165,6 +202,44 @@ def test_drafted_rows_are_the_plain_ones(name, options):
                                     tables.table(drafted, session))
     assert int(drafted.accepted.sum()) > 20
     assert int(drafted.passes.sum()) < int(plain.passes.sum()) - 20
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", ["silent", "counters"])
+def test_drafted_rows_of_a_model_that_attends(model, name):
+  """Two turns of two sessions, in which streams end and are opened again."""
+  layout = TALK if name == "silent" else StreamLayout(
+      (Stream("user", written=False, reads=()), Stream("out"),
+       Stream("think", reads=("out",))), positions="counters")
+  given = [tables.random_table(layout, n, seed=n, holes=0.2) for n in (6, 9)]
+  assert layout.apart == (name == "counters")       # even holes have a place
+  # Each says again what it said: there is something to be looked up.
+  given = [(np.concatenate([t, t]), np.concatenate([v, v])) for t, v in given]
+  sampled = dataclasses.replace(
+      SAMPLED, repetition_penalty=1.0, frequency_penalty=0.0)
+
+  def write(options, drafter=None):
+    batch = tables.begin(model, layout, given, options, room=60)
+    for words in ([7, 8, 9], [11, 12]):
+      for session in range(2):
+        batch = tables.push(layout, batch, session, 0, words)
+      batch = tables.finish(model, layout, batch, drafter, rows_=14)
+    return batch
+  for options in (GREEDY, sampled):
+    options = dataclasses.replace(options, max_new_tokens=10)
+    free = write(options)
+    ends = int(tables.table(free)[len(given[0][0]) + 3, 1])
+    options = dataclasses.replace(options, stop_token_ids=(ends,))
+    plain = write(options)
+    known = [tables.table(plain, n) for n in range(2)]
+    for drafter in (tables.Told.of(known, room=60),
+                    LookupRows(length=3, all=False)):
+      drafted = write(options, drafter)
+      for session in range(2):
+        np.testing.assert_array_equal(
+            tables.table(drafted, session), known[session])
+      assert int(drafted.accepted.sum()) > 0
+      assert int(drafted.passes.sum()) < int(plain.passes.sum())
 
 
 def test_end_tokens_and_words_put_into_a_mouth():
@@ -184,7 +259,7 @@ def test_end_tokens_and_words_put_into_a_mouth():
                              stop_token_ids=(stop,))])
     if words:
       batch = tables.finish(model, layout, batch, rows_=5)
-      batch = push(batch, 0, 1, words)
+      batch = tables.push(layout, batch, 0, 1, words)
     return tables.table(tables.finish(model, layout, batch)).T.tolist()
   holes = [-1] * 40
   # What ends b ends all of it, and a is cut short.
@@ -192,5 +267,7 @@ def test_end_tokens_and_words_put_into_a_mouth():
   # a ends alone, with its last word in the table, and b goes on.
   assert write(a[3]) == [[3, *holes[:15]], a[:4] + holes[:12], b]
   said = cycles.recited([21], 8)
+  # Both may say as much anew.
   assert write(a[3], [20, 21]) == [
-      [3, *holes[:15]], [*a[:4], -1, -1, 20, 21, *said], b]
+      [3, *holes[:20]], [*a[:4], -1, -1, 20, 21, *said, *holes[:5]],
+      b + cycles.recited(b[-1:], 5)]

@@ -9,7 +9,6 @@ import pytest
 
 from jaxspec.models.transformer import Transformer, random_source
 from jaxspec.streams import layout as layouts
-from jaxspec.streams import loop
 from jaxspec.streams.layout import Stream, StreamLayout
 from tests.conftest import tiny_config
 from tests.jaxspec.streams import tables
@@ -57,9 +56,7 @@ def test_a_session_is_the_reference_loop(model, name):
   batch = tables.begin(
       model, layout, [(tokens, live)], prefix=PREFIX,
       options=dataclasses.replace(tables.GREEDY, max_new_tokens=14))
-  padded = np.zeros(8, np.int32)
-  padded[:4] = words
-  batch = loop.push(batch, np.int32(0), np.int32(0), padded, np.int32(4))
+  batch = tables.push(layout, batch, 0, 0, words)
   found = tables.table(tables.finish(model, layout, batch))
 
   quiet = heard = 0

@@ -11,8 +11,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from jaxspec.models.transformer import Transformer, random_source
 from jaxspec.streams import layout as layouts
 from jaxspec.streams.layout import Stream, StreamLayout
+from tests.conftest import tiny_config
 from tests.jaxspec.streams.tables import logits, random_table, tinted
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -49,6 +51,29 @@ def test_row_by_row_is_one_pass(model, name):
   whole = logits(model, LAYOUTS[name], *cells, prefix=PREFIX)
   rows = logits(model, LAYOUTS[name], *cells, prefix=PREFIX, steps=ROWS)
   np.testing.assert_allclose(rows[live], whole[live], atol=2e-5)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("changes", [
+    dict(family="gemma2", post_norms=True, attention_cap=50.0, logits_cap=30.0,
+         windows=(8, None), activation="gelu_pytorch_tanh"),
+    dict(family="qwen3_moe", qk_norm=True, experts=4, experts_per_token=2)],
+    ids=lambda changes: changes["family"])
+def test_row_by_row_is_one_pass_of_any_family(changes):
+  """What a hidden stream says changes nothing either."""
+  model = tinted(Transformer(tiny_config(depth=2, **changes),
+                             random_source(0, scale=1.5)))
+  layout = LAYOUTS["skipping"].without("out", "think")
+  tokens, live = random_table(layout, HEIGHT)
+  whole = logits(model, layout, tokens, live, prefix=PREFIX)
+  rows = logits(model, layout, tokens, live, prefix=PREFIX, steps=ROWS)
+  np.testing.assert_allclose(rows, whole, atol=2e-5)
+  layout = dataclasses.replace(layout, streams=(
+      dataclasses.replace(layout.streams[0], reads=()), *layout.streams[1:]))
+  before, after = (logits(model, layout, cells, live, prefix=PREFIX)
+                   for cells in (tokens, changed(tokens, slice(None), 2)))
+  np.testing.assert_array_equal(before[:, :2], after[:, :2])
+  assert not np.allclose(before[:, 2], after[:, 2], atol=1e-2)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

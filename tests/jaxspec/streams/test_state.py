@@ -43,13 +43,14 @@ def lines(layout, *, row=0, open_=(False, True), waits=0, **changes):
   queue = state.Queue(jnp.full((1, 2, 4), 9, jnp.int32),
                       jnp.zeros((1, 2), jnp.int32),
                       jnp.array([[waits, 0]], jnp.int32))
-  zero = jnp.zeros(1, jnp.int32)
+  zero, none = jnp.zeros(1, jnp.int32), jnp.zeros((1, 2), jnp.int32)
   fields = dict(
       texts=jnp.full((1, 2, 6), 5, jnp.int32),
       filled=jnp.ones((1, 6, 2), bool),
       counts=jnp.full((1, 2), row + 1, jnp.int32),
       given=jnp.ones((1, 2), jnp.int32), row=zero + row,
-      open=jnp.array([open_]), queue=queue, heard=zero > 0, silent=zero,
+      open=jnp.array([open_]), spent=none, queue=queue, heard=none > 0,
+      silent=none,
       hush=zero, ended=zero > 0, logprobs=jnp.zeros((1, 2, 6)))
   return state.Lines(**(fields | changes))
 
@@ -81,15 +82,43 @@ def test_a_row_follows():
   after = step(TALK, lines(TALK, waits=1))
   tokens, live = after.pending
   assert tokens.tolist() == [[9, 7]] and live.all()
-  assert (after.heard[0], after.silent[0], after.hush[0]) == (True, 0, 0)
+  assert after.heard.tolist() == [[True, True]]
+  assert (after.silent.tolist(), after.hush[0]) == ([[0, 0]], 0)
   after = step(TALK, after, drawn=1)
   tokens, _ = after.pending
   assert tokens.tolist() == [[1, 1]]
-  assert (after.silent[0], after.hush[0], after.row[0]) == (1, 1, 2)
+  assert after.silent.tolist() == [[1, 1]]
+  assert (after.hush[0], after.row[0]) == (1, 2)
+  assert after.spent.tolist() == [[0, 1]]           # silence is no word
   # A read stream is never drawn; without silence its cell is empty.
   bare = dataclasses.replace(TALK, silence=None)
   _, live = step(bare, lines(bare)).pending
   assert live.tolist() == [[False, True]]
+
+
+def test_a_stream_hears_what_can_reach_it():
+  """Its penalty for silence grows behind that, and behind nothing else."""
+  deaf = TALK.without("out", "user")
+  found = [step(layout, step(layout, lines(layout, waits=1)), drawn=1)
+           for layout in (TALK, deaf)]
+  assert [x.heard.tolist() for x in found] == [[[True, True]], [[True, False]]]
+  assert [x.silent.tolist() for x in found] == [[[1, 1]], [[1, 0]]]
+
+
+@pytest.mark.parametrize("silence, opened", [
+    (1, [True, True]), (None, [False, True])])
+def test_words_open_what_has_ended(silence, opened):
+  """With silence the first of them, without the last; but only as far as the
+  stream may still say something."""
+  layout = dataclasses.replace(TALK, silence=silence, quiet=0)
+  before = lines(layout, waits=2, open_=(False, False))
+  one = step(layout, before)
+  two = step(layout, one)
+  assert [bool(x.open[0, 1]) for x in (one, two)] == opened
+  spent = before.replace(spent=jnp.array([[0, 5]], jnp.int32))
+  assert not step(layout, step(layout, spent)).open[0, 1]
+  deaf = layout.without("out", "user")
+  assert not step(deaf, step(deaf, before)).open[0, 1]
 
 
 @pytest.mark.parametrize("stop, open_, ended", [
