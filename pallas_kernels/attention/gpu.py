@@ -19,6 +19,8 @@ from pallas_kernels.target import Target
 
 _BLOCK, _HEIGHT = 64, 64         # slots; rows, which are tokens by their heads
 _PROCESSORS = 132
+# Of a head, what is summed at once: more would not fit into registers.
+_PART = 128
 # Finite, so that a row which has seen nothing yet has no NaN.
 _LEAST = -0.7 * float(jnp.finfo(jnp.float32).max)
 
@@ -100,7 +102,7 @@ def _attend(query, key, value, fresh_key, fresh_value, slot_positions,
       plgpu.SMEM((ahead, _BLOCK), jnp.int32),
       plgpu.SMEM((_HEIGHT, _BLOCK), key.dtype, transforms=_tiling(_BLOCK)),
       plgpu.SMEM((_HEIGHT,), jnp.int32),
-      plgpu.SMEM((_HEIGHT, size), jnp.float32),
+      plgpu.SMEM((_HEIGHT, min(size, _PART)), jnp.float32),
       plgpu.SMEM((2, _HEIGHT), jnp.float32),
       plgpu.Barrier(num_arrivals=1 if window is None else 2),
       plgpu.Barrier(num_arrivals=2, num_barriers=ahead),
@@ -182,6 +184,9 @@ def _kernel(*refs, rows, splits, ahead, scale, cap, paged, windowed, size):
   def spread(x, shape, axis):
     return lax.broadcast_in_dim(x, shape, (axis,))
 
+  width = min(size, _PART)
+  parts = [pl.ds(at, width) for at in range(0, size, width)]
+
   def step(n, state):
     top, total, sums = state
     place = lax.rem(n, ahead)
@@ -206,25 +211,33 @@ def _kernel(*refs, rows, splits, ahead, scale, cap, paged, windowed, size):
     @pl.when(first + n >= whole)
     def _():
       # A zero probability does not hide a NaN that lay there before.
-      there = spread(held[place], (_BLOCK, size), 0) >= 0
-      value[place] = jnp.where(there, value[place].astype(jnp.float32),
-                               0.0).astype(value.dtype)
+      there = spread(held[place], (_BLOCK, width), 0) >= 0
+      for part in parts:
+        at = place, slice(None), part
+        value[at] = jnp.where(there, value[at].astype(jnp.float32),
+                              0.0).astype(value.dtype)
 
     plgpu.commit_smem()
-    more = product((_HEIGHT, size), weights, value.at[place])
+    shape = (_HEIGHT, width)
+    sums = [old * spread(shrink, shape, 0)
+            + product(shape, weights, value.at[place, :, part])
+            for old, part in zip(sums, parts, strict=True)]
     pl.when(n + ahead < count)(lambda: fetch(n + ahead, place))
-    return (new, total * shrink + jnp.sum(s, axis=1),
-            sums * spread(shrink, (_HEIGHT, size), 0) + more)
+    return new, total * shrink + jnp.sum(s, axis=1), sums
 
   top, total, sums = lax.fori_loop(0, count, step, (
       jnp.full((_HEIGHT,), _LEAST, jnp.float32),
       jnp.zeros((_HEIGHT,), jnp.float32),
-      jnp.zeros((_HEIGHT, size), jnp.float32)))
-  sums_here[...] = sums
+      [jnp.zeros((_HEIGHT, width), jnp.float32)] * len(parts)))
   stats_here[0] = top
   stats_here[1] = total
-  plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(sums_here, sums_out.at[split, row, group, height])
+  for part, some in zip(parts, sums, strict=True):
+    # One after another, by way of the same shared memory.
+    plgpu.wait_smem_to_gmem(0)
+    sums_here[...] = some
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(
+        sums_here, sums_out.at[split, row, group, height, part])
   for n in range(2):
     plgpu.copy_smem_to_gmem(stats_here.at[n],
                             stats_out.at[split, row, group, n, height])

@@ -16,9 +16,10 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels import Target, aim
+from pallas_kernels import Target, aim, compiling, tree_attention
 from pallas_kernels.attention import gpu
 from pallas_kernels.attention.cases import cases
+from pallas_kernels.case import Case
 from tests.pallas_kernels.attention.definition import (
     case,
     packed,
@@ -97,6 +98,14 @@ def test_two_tiles_of_rows():
   check(*case(64, [0, 64, 1, 63], size=64, tokens=40, nodes=40, start=0))
 
 
+@pytest.mark.medium
+@pytest.mark.parametrize("size, options", [
+    (128, {}), (256, {"window": 70, "logits_soft_cap": 3.0})])
+def test_larger_heads(size, options):
+  """Of which those of 256 are summed in two parts."""
+  check(*case(192, [0, 192, 70, 130], size=size), **options)
+
+
 @pytest.mark.parametrize("slots, size, dtype, options, message", [
     (64, 64, jnp.float32, {}, "key is float32"),
     (64, 32, jnp.bfloat16, {}, "head size 32"),
@@ -111,6 +120,23 @@ def test_what_is_refused(slots, size, dtype, options, message):
         *(jnp.asarray(x, dtype) for x in arrays), **packed(places),
         target=H100, scale=0.4, window=None, logits_soft_cap=None, table=None,
         **options)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_every_head_size_that_is_taken_lowers_for_an_h100(size):
+  """What is too much for its shared memory is told of when it is lowered."""
+  arrays, places = case(64, size=size)
+  shapes = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in arrays]
+
+  def call(*arrays, implementation):
+    return tree_attention(*arrays, **packed(dict(places)), scale=0.4,
+                          window=40, logits_soft_cap=3.0,
+                          implementation=implementation)
+
+  outcome = compiling.lower_gpu(Case("tree_attention", "", call, tuple(shapes),
+                                     1, 1, 1, sample=None))
+  assert outcome.status == "lowers", outcome.reason
 
 
 def test_cases_lower_for_an_h100():
