@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   compiling.prepare()
   journal = records.Records(None if settings.depth else settings.json,
                             records.command("experiments.kernel_programs"))
-  source = records.sources("experiments.kernel_programs",
+  source = records.sources(("experiments.kernel_programs",),
                            packages=("jaxspec", "pallas_kernels"))
   print(compiling.table([]), flush=True)
   good = True

@@ -7,6 +7,7 @@ does not support; machine code is made where the GPU is.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -126,8 +127,7 @@ def compile_all(cases: Sequence[Case], names: Sequence[str],
   """
   devices = {name: device(name) for name in names}
   # All at once: a file may change while this is at work.
-  source = {(case.op, name): sources(case.call.__module__,
-                                     "tpu" if name == _GPU_NAME else "gpu")
+  source = {(case.op, name): source_of(case, name)
             for case in cases for name in (*names, _GPU_NAME)}
   for name in [*names, *[_GPU_NAME] * gpu]:
     for case in cases:
@@ -141,6 +141,20 @@ def compile_all(cases: Sequence[Case], names: Sequence[str],
       if journal is not None:
         journal.add(dataclasses.asdict(outcome), source[case.op, name])
       yield outcome
+
+
+def source_of(case: Case, name: str) -> str:
+  """A digest of all that what is found of a case on a target depends on."""
+  # Shapes stand where samples are drawn, which need not be where the op is.
+  modules = (_module(case.call), _module(case.sample))
+  return sources(modules, "tpu" if name == _GPU_NAME else "gpu")
+
+
+def _module(call: Any) -> str:
+  """Where a function is defined, whatever of it is settled before."""
+  while isinstance(call, functools.partial):
+    call = call.func
+  return call.__module__
 
 
 def read(row: Mapping[str, Any]) -> Outcome:
