@@ -38,6 +38,9 @@ _H100 = AbstractDevice(GPU.kind, 132, "gpu")
 _UNITS = ("MXU", "XLU", "VALU", "EUP", "VLOAD", "VSTORE")
 _CUSTOM_CALL = re.compile(
     r"%([\w.-]+) = .*custom_call_target=\"tpu_custom_call\"")
+# Of what is begun and awaited, a tuple comes first, of the source too.
+_COPY = re.compile(r"= \(*(\w+\[[\d,]+\])[^=]*? "
+                   r"(?:copy|copy-start|slice-start)\(")
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1",'
                    r'"offset":"\d+","size":"(\d+)"')
 
@@ -221,6 +224,16 @@ def called(text: str) -> tuple[str, ...]:
 def vmem(text: str) -> int:
   """Bytes of VMEM that the largest of them takes."""
   return max(map(int, _VMEM.findall(text)), default=0)
+
+
+def copied(text: str, shape: Sequence[int]) -> list[str]:
+  """Copies in a compiled program of what has these sizes, in any order.
+
+  Those of one do not count: a cache is handed to a kernel as one of one.
+  """
+  wanted = sorted(n for n in shape if n != 1)
+  return [found for found in _COPY.findall(text) if wanted == sorted(
+      n for n in map(int, found.partition("[")[2][:-1].split(",")) if n != 1)]
 
 
 def lower_gpu(case: Case) -> Outcome:

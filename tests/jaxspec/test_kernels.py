@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from experiments.kernel_programs import copied
 from jaxspec import kernels, loop, sharding
 from jaxspec.drafters.early_exit import EarlyExit
 from jaxspec.drafters.prompt_lookup import PromptLookup
@@ -30,6 +29,7 @@ from jaxspec.streams.model import StreamModel
 from jaxspec.streams.session import Streams
 from jaxspec.verifiers.exact import exact
 from pallas_kernels import errors, target
+from pallas_kernels.compiling import copied
 from tests.jaxspec import batches
 from tests.jaxspec.streams import tables
 from tests.jaxspec.test_memory import LLAMA_3_8B, placed, scalar

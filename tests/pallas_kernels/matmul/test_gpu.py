@@ -4,6 +4,7 @@
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,10 +51,41 @@ def test_product(kind):
 
 
 def test_nothing_is_read_when_all_rows_have_left():
-  y = streamed()(normal(2, 64, dtype=BF16), jnp.full((1, 128, 64), jnp.nan,
-                                                     BF16),
-                 jnp.int32(0), jnp.zeros(2, bool))
+  """No copy starts but behind the question whether a row is live."""
+  live, layer = jnp.zeros(2, bool), jnp.int32(0)
+  x = normal(2, 128, dtype=BF16)
+  stack = jnp.full((1, 128, 128), jnp.nan, BF16)
+  y = streamed()(x, stack, layer, live)
   np.testing.assert_array_equal(y, np.zeros((2, 128)))
+  mlp = functools.partial(gpu.fused_mlp, target=H100, **MLP)
+  for f, arguments, kernels in (
+      (streamed(H100), (x, stack, layer, live), 1),
+      (mlp, (x, normal(1, 128), stack, stack, stack, layer, live), 2)):
+    found = list(_kernels(jax.make_jaxpr(f)(*arguments).jaxpr))
+    assert len(found) == kernels
+    for kernel in found:
+      assert not _copies(kernel, outside=True)
+      assert _copies(kernel, outside=False)
+
+
+def _kernels(jaxpr):
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "mpmd_map":
+      yield from eqn.params["jaxprs"]
+    else:
+      for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+        yield from _kernels(inner)
+
+
+def _copies(jaxpr, outside):
+  """Copies to shared memory, in all of a kernel or outside its conditions."""
+  count = 0
+  for eqn in jaxpr.eqns:
+    count += eqn.primitive.name == "copy_gmem_to_smem"
+    if not outside or eqn.primitive.name != "cond":
+      for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+        count += _copies(inner, outside)
+  return count
 
 
 def test_mlp():
