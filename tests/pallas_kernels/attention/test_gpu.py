@@ -26,6 +26,7 @@ from tests.pallas_kernels.attention.definition import (
     paged,
     reference,
 )
+from tests.pallas_kernels.races import none_seen
 
 H100 = Target("gpu", "NVIDIA H100 80GB HBM3",
               interpret=InterpretGPUParams(detect_races=True))
@@ -70,16 +71,7 @@ def check(arrays, places, page=None, **options):
                       "table": table, **options})
   assert found.dtype == jnp.bfloat16
   np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=3e-2)
-  no_races()
-
-
-def no_races():
-  try:
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-    races = interpret_pallas_call.get_races()
-  except (ImportError, AttributeError):
-    return                             # newer versions raise
-  assert not races.races_found
+  none_seen("gpu")
 
 
 @pytest.mark.medium

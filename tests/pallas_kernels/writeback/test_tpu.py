@@ -22,6 +22,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.writeback import tpu
 from pallas_kernels.writeback.cases import cases
+from tests.pallas_kernels.races import none_seen
 from tests.pallas_kernels.writeback.places import KINDS, call, meaning, same
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -36,22 +37,13 @@ def run(arguments, paged=False, interpret=RACES):
         *args, paged=paged, implementation="tpu", scales=scales))(*arguments)
 
 
-def no_races():
-  try:
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-    races = interpret_pallas_call.races
-  except (ImportError, AttributeError):
-    return                             # newer versions raise
-  assert not races.races_found
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_its_meaning(kind):
   settings = KINDS[kind]
   arguments = call(**settings)
   paged = "pages" in settings
   same(run(arguments, paged), meaning(*arguments, paged=paged))
-  no_races()
+  none_seen("tpu")
 
 
 def test_by_the_other_interpreter():
@@ -65,7 +57,7 @@ def test_a_ring_that_comes_back_to_a_window():
   slots = (jnp.arange(20, dtype=jnp.int32)[None] + 13) % 32
   arguments = (buffers, fresh, path, slots, None)
   same(run(arguments), meaning(*arguments))
-  no_races()
+  none_seen("tpu")
 
 
 def test_windows_share_scales_and_come_back_to_them():
@@ -74,7 +66,7 @@ def test_windows_share_scales_and_come_back_to_them():
   slots = jnp.array([[126, 127, 128, 129, 4, 5, 130]], jnp.int32)
   arguments = (buffers, fresh, path, slots, scales)
   same(run(arguments), meaning(*arguments))
-  no_races()
+  none_seen("tpu")
   # Three windows, of which the last has the scales of the first.
   held = 3 * 128 * (2 * 7 + 2 * 4 * 3) + 3 * 128 * 4 * 2 * 3
   assert held == tpu.moved_bytes([[126, 127, 128, 129, 4, 5, 130]],
