@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import compiling, floors, records, support
 from pallas_kernels.case import collect
+from pallas_kernels.matmul.cases import exits
 
 RESULTS = pathlib.Path(floors.__file__).parents[1] / "experiments/results"
 CASES = [pytest.param(case, id=f"{case.op}: {case.name}")
@@ -96,7 +97,17 @@ def test_the_floors_written_down_are_of_all_cases():
   rows = records.load(RESULTS / "kernels_floors.json")
   found = {(row["op"], row["case"]) for row in rows}
   assert {(case.op, case.name) for case in collect()} <= found
-  assert all(row["ratio_to_units"] <= floors.MOST for row in rows)
+  assert all(row["ratio_to_units"] <= floors.MOST for row in rows
+             if row["op"] != "early_exit_stream")
+  assert [row for row in rows if row["op"] == "early_exit_stream"
+          ] == floors.exit_records(list(exits()))
+
+
+def test_what_leaving_early_saves_in_the_readme():
+  """Renew it: python -m pallas_kernels floors --readme=FILE."""
+  text = (pathlib.Path(floors.__file__).parent / "README.md").read_text()
+  assert text == support.insert(
+      text, floors.exit_table(list(exits())), "exits")
 
 
 def test_every_case_is_written_down_for_every_target():

@@ -10,6 +10,8 @@ from pallas_kernels import floors, support
 from pallas_kernels.case import collect
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.errors import InputError
+from pallas_kernels.matmul.cases import DEPTHS, SHARES, exits
+from pallas_kernels.matmul.stream import expected_bytes
 from pallas_kernels.target import CHIPS, Chip, Target, aim
 from tests.pallas_kernels import samples
 
@@ -92,6 +94,32 @@ def test_a_kernel_tells_the_compiler_what_it_costs(case):
     assert case.name.endswith(name) and "smollm2" in case.name
     assert cost.bytes_accessed == case.moved_bytes == count
     assert cost.flops == pytest.approx(case.operations, rel=0.02)
+
+
+def test_what_is_read_falls_to_the_lower_layers_when_all_rows_leave():
+  """And not before; by hand, of the 30 layers of SmolLM2 ten are the lower."""
+  found = {(e.model, e.rows, e.share): e for e in exits()}
+  weights, rows = 3 * 576 * 1536 * 2, 8
+  beside = rows * 576 * 2 + rows * 576 * 4 + 576 * 4 + 4 * rows + 8
+  for share in SHARES:
+    e = found["smollm2-135m", rows, share]
+    read = 10 if share == 1 else 30
+    assert e.moved_bytes == read * weights + 30 * beside
+    assert found["smollm2-135m", 1, share].moved_bytes is None or share % 1 == 0
+  for (_, rows, share), e in found.items():
+    full = found[e.model, rows, 0.0]
+    assert e.depth == DEPTHS[e.model] and e.lower == e.depth // 3
+    # Almost: rows come and go in every layer.
+    assert e.mean_bytes == pytest.approx(expected_bytes(
+        share, rows=rows, lower=e.lower, depth=e.depth,
+        layer_bytes=full.moved_bytes / e.depth), rel=0.02)
+    if share == 1:
+      assert e.moved_bytes == e.mean_bytes
+      assert e.moved_bytes / full.moved_bytes == pytest.approx(
+          e.lower / e.depth, rel=0.02)
+  shown = floors.exit_table(list(exits())).splitlines()
+  assert shown[2].endswith("| 160 | 160 | 160 | 160 | 54 |")
+  assert len(shown) == 2 + 3 * 3
 
 
 def test_where_a_unit_of_memory_is_larger_than_what_is_written():
