@@ -112,7 +112,7 @@ def test_what_is_read_falls_to_the_lower_layers_when_all_rows_leave():
     # Almost: rows come and go in every layer.
     assert e.mean_bytes == pytest.approx(expected_bytes(
         share, rows=rows, lower=e.lower, depth=e.depth,
-        layer_bytes=full.moved_bytes / e.depth), rel=0.02)
+        layer_bytes=full.moved_bytes // e.depth), rel=0.02)
     if share == 1:
       assert e.moved_bytes == e.mean_bytes
       assert e.moved_bytes / full.moved_bytes == pytest.approx(
