@@ -91,6 +91,13 @@ def test_two_tiles_of_rows():
 
 
 @pytest.mark.medium
+@pytest.mark.parametrize("tree, size", [
+    ("root", 64), ("chain of 8", 128), ("tree of 63", 64)])
+def test_trees(tree, size):
+  check(*case(64, tree=tree, size=size))
+
+
+@pytest.mark.medium
 @pytest.mark.parametrize("size, options", [
     (128, {}), (256, {"window": 70, "logits_soft_cap": 3.0})])
 def test_larger_heads(size, options):
