@@ -69,7 +69,7 @@ def tune(settings: Any) -> int:
       print(f"{first.case.op}, {first.case.name}: {first.reason}", flush=True)
       continue
     best, tuned = tuning.winner(trials), tuned + 1
-    print(f"{best.case.op} {best.key}: {best.blocks} takes "
+    print(f"{best.op} {best.key}: {best.blocks} takes "
           f"{1e6 * (best.seconds or 0):.1f} us, {first.blocks} of the "
           f"heuristic {1e6 * first.seconds:.1f}; {len(trials)} tried, "
           f"{sum(t.seconds is None for t in trials)} of them in vain",

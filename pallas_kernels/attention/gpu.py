@@ -15,12 +15,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.words import unpack
-from pallas_kernels.target import Target
+from pallas_kernels.blocks import choose
+from pallas_kernels.target import Target, shared_memory
 
 _BLOCK, _HEIGHT = 64, 64         # slots; rows, which are tokens by their heads
 _PROCESSORS = 132
 # Of a head, what is summed at once: more would not fit into registers.
 _PART = 128
+# Bytes of shared memory that Pallas takes besides: to sum over threads, for
+# barriers, and between what is aligned.
+_BESIDES = 4 << 10
 # Finite, so that a row which has seen nothing yet has no NaN.
 _LEAST = -0.7 * float(jnp.finfo(jnp.float32).max)
 
@@ -47,17 +51,40 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
   if slots == 0 or slots % _BLOCK:
     raise NotImplementedError(f"{slots} slots: they must be a multiple of "
                               f"{_BLOCK}; use 'xla', or such a capacity")
+  ahead, splits = _plan(query.shape, key.shape[1], slots, target)
   return _attend(query, key, value, fresh_key, fresh_value, slot_positions,
                  positions, fresh_positions, seen, table, scale=scale,
-                 window=window, cap=logits_soft_cap,
-                 interpret=target.interpret)
+                 window=window, cap=logits_soft_cap, ahead=ahead,
+                 splits=splits, interpret=target.interpret)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "window", "cap",
-                                             "interpret"))
+def _plan(query_shape, groups, slots, target):
+  """Blocks on their way, and shares of a prefix."""
+  rows, tokens, heads, size = query_shape
+  blocks, tiles = slots // _BLOCK, -(-tokens * heads // groups // _HEIGHT)
+
+  def guess():
+    # Enough to keep all processors busy, each with some blocks in a row.
+    splits = min(_PROCESSORS // (rows * groups * tiles), blocks // 4)
+    return 2 if size == 256 else 4, max(1, splits)
+
+  ahead, splits = choose("tree_attention", target,
+                         (rows, tokens, heads, groups, size, slots), guess)
+  splits = min(splits, blocks)
+  needed = _BESIDES + 2 * _HEIGHT * (size + _BLOCK) + ahead * _BLOCK * (
+      2 * 2 * size + 4) + 4 * _HEIGHT * (min(size, _PART) + 3)
+  if needed > shared_memory(target):
+    raise NotImplementedError(
+        f"{ahead} blocks of heads of {size} on their way take {needed >> 10} "
+        "KiB of shared memory; use 'xla', or tune again")
+  return ahead, splits
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "window", "cap", "ahead",
+                                             "splits", "interpret"))
 def _attend(query, key, value, fresh_key, fresh_value, slot_positions,
             positions, fresh_positions, seen, table, *, scale, window, cap,
-            interpret):
+            ahead, splits, interpret):
   rows, tokens, heads, size = query.shape
   groups, slots = key.shape[1], slot_positions.shape[1]
   share = heads // groups
@@ -84,16 +111,12 @@ def _attend(query, key, value, fresh_key, fresh_value, slot_positions,
   height = -(-tokens * share // _HEIGHT) * _HEIGHT
   spare = height - tokens * share
   tiles = height // _HEIGHT
-  # Enough to keep all processors busy, each with some blocks in a row.
-  splits = max(1, min(_PROCESSORS // (rows * groups * tiles),
-                      slots // _BLOCK // 4))
   inputs = [spans, jnp.pad(q, ((0, 0), (0, 0), (0, spare), (0, 0))), key,
             value, slot_positions.astype(jnp.int32)]
   if table is not None:
     inputs.append(table.astype(jnp.int32))
   if window is not None:
     inputs.append(jnp.pad(oldest, ((0, 0), (0, spare))))
-  ahead = 2 if size == 256 else 4
   tiled = _tiling(size)
   scratch = [
       plgpu.SMEM((_HEIGHT, size), key.dtype, transforms=tiled),

@@ -5,6 +5,7 @@ Held here: rows of every length over several blocks and shares of them, pages,
 windows and caps, more than one tile of rows, what free slots hold, races.
 """
 
+import functools
 import threading
 
 import jax
@@ -16,7 +17,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels import Target, aim, compiling, tree_attention
+from pallas_kernels import Target, aim, blocks, compiling, tree_attention
 from pallas_kernels.attention import gpu
 from pallas_kernels.attention.cases import cases
 from pallas_kernels.case import Case
@@ -103,6 +104,50 @@ def test_trees(tree, size):
 def test_larger_heads(size, options):
   """Of which those of 256 are summed in two parts."""
   check(*case(192, [0, 192, 70, 130], size=size), **options)
+
+
+def chosen(arrays, places, sizes):
+  """Within, these are the blocks of a call."""
+  with blocks.watch() as asked:
+    jax.eval_shape(lambda: gpu.tree_attention(
+        *(jnp.asarray(x, jnp.bfloat16) for x in arrays),
+        **packed(dict(places)), target=H100, scale=0.4, window=None,
+        logits_soft_cap=None, table=None))
+  (key,) = asked
+  return blocks.trial(((key, sizes),))
+
+
+@pytest.mark.medium
+def test_blocks_that_a_table_has():
+  """More of them than are on their way, so that their places are used again."""
+  arrays, places = case(256, [0, 256, 70, 200], size=64)
+  with chosen(arrays, places, (2, 1)):
+    check(arrays, places)
+
+
+def test_a_table_changes_what_is_lowered(monkeypatch, tmp_path):
+  (one,) = (c for c in cases() if c.name == "llama3-8b, decode of 4096")
+  file = tmp_path / "blocks.json"
+  monkeypatch.setenv(blocks.VARIABLE, str(file))
+
+  def lowered():
+    device = AbstractDevice(compiling.GPU.kind, 132, "gpu")
+    with jax.sharding.use_abstract_mesh(
+        AbstractMesh((), (), abstract_device=device)), aim(compiling.GPU):
+      return jax.jit(functools.partial(one.call, implementation="gpu")).trace(
+          *one.arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+  for splits in (2, 5):
+    blocks.save(file, {compiling.GPU.kind: {"tree_attention": {
+        "8,1,32,8,128,5120": (3, splits)}}})
+    jax.clear_caches()                 # a table is read when it is traced
+    assert f"tensor<{splits}x8x8x64x128xf32>" in lowered()
+  blocks.save(file, {compiling.GPU.kind: {"tree_attention": {
+      "8,1,32,8,128,5120": (16, 2)}}})
+  jax.clear_caches()
+  with pytest.raises(NotImplementedError, match="16 blocks of heads of 128 on "
+                     "their way take 57. KiB of shared memory; use 'xla'"):
+    lowered()
 
 
 @pytest.mark.parametrize("slots, size, dtype, options, message", [

@@ -11,7 +11,7 @@ import pytest
 from jax import export
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import QArray, Target, quantized
+from pallas_kernels import QArray, Target, blocks, quantized
 from pallas_kernels.matmul import gpu, xla
 from tests.pallas_kernels.matmul.weights import normal, weight
 from tests.pallas_kernels.races import none_seen
@@ -57,20 +57,22 @@ def test_nothing_is_read_when_all_rows_have_left():
   for f, arguments, kernels in (
       (streamed(H100), (x, stack, layer, live), 1),
       (mlp, (x, normal(1, 128), stack, stack, stack, layer, live), 2)):
-    found = list(_kernels(jax.make_jaxpr(f)(*arguments).jaxpr))
+    found = [kernel for call in _calls(jax.make_jaxpr(f)(*arguments).jaxpr)
+             for kernel in call.params["jaxprs"]]
     assert len(found) == kernels
     for kernel in found:
       assert not _copies(kernel, outside=True)
       assert _copies(kernel, outside=False)
 
 
-def _kernels(jaxpr):
+def _calls(jaxpr):
+  """Calls of kernels."""
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "mpmd_map":
-      yield from eqn.params["jaxprs"]
+      yield eqn
     else:
       for inner in jax.extend.core.jaxprs_in_params(eqn.params):
-        yield from _kernels(inner)
+        yield from _calls(inner)
 
 
 def _copies(jaxpr, outside):
@@ -82,6 +84,29 @@ def _copies(jaxpr, outside):
       for inner in jax.extend.core.jaxprs_in_params(eqn.params):
         count += _copies(inner, outside)
   return count
+
+
+def test_blocks_that_a_table_has():
+  """Each place of three is used again, by half of the outputs of a tile."""
+  x, stack = normal(2, 320, dtype=BF16), weight("plain", 1, 128, 320,
+                                                dtype=BF16)
+  key = "streamed_matmul", "1,128,320,bfloat16"
+
+  def y(sizes, target=SIMULATED):
+    with blocks.trial(((key, sizes),)):
+      return streamed(target)(x, stack, jnp.int32(0), None)
+
+  half = y((64, 3))
+  none_seen("gpu")
+  np.testing.assert_allclose(half, xla.streamed_matmul(
+      x, stack, jnp.int32(0), None), atol=1e-5)
+  for sizes in ((96, 1), (256, 1), (128, 6), (32, 1)):
+    with pytest.raises(NotImplementedError, match="tune again, or use"):
+      y(sizes)
+  with blocks.trial(((key, (64, 3)),)):
+    found, = _calls(jax.make_jaxpr(streamed(H100))(
+        x, stack, jnp.int32(0), None).jaxpr)
+  assert found.params["meshes"][0].grid == (2,)
 
 
 def test_mlp():
