@@ -15,7 +15,6 @@ into the chip's own memory and back. What was found of the same sources is kept.
 import argparse
 import dataclasses
 import pathlib
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   compiling.prepare()
   journal = records.Records(None if settings.depth else settings.json,
                             records.command("experiments.kernel_programs"))
-  source = records.sources("experiments.kernel_programs",
+  source = records.sources(("experiments.kernel_programs",),
                            packages=("jaxspec", "pallas_kernels"))
   print(compiling.table([]), flush=True)
   good = True
@@ -121,21 +120,9 @@ def problems(text: str, memory, held: int, keys: tuple[int, ...]) -> list[str]:
   share = memory.temp_size_in_bytes / memory.argument_size_in_bytes
   if share >= SHARE:
     found.append(f"temporaries are {100 * share:.1f} % of what is given")
-  if copies := copied(text, keys):
+  if copies := compiling.copied(text, keys):
     found.append(f"{len(copies)} copies of a layer's keys")
   return found
-
-
-def copied(text: str, keys: tuple[int, ...]) -> list[str]:
-  """Copies of what has the sizes of one layer's keys, in any order.
-
-  Sizes of one count for nothing: kernels are given caches with more of them.
-  """
-  shapes = re.findall(r"= \(?(\w+\[[\d,]+\])[^=]*? copy(?:-start)?\(", text)
-  def sizes(dims):
-    return sorted(size for size in dims if size > 1)
-  return [shape for shape in shapes if sizes(
-      map(int, shape.partition("[")[2][:-1].split(","))) == sizes(keys)]
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def tune(settings: Any) -> int:
       print(f"{first.case.op}, {first.case.name}: {first.reason}", flush=True)
       continue
     best, tuned = tuning.winner(trials), tuned + 1
-    print(f"{best.case.op} {best.key}: {best.blocks} takes "
+    print(f"{best.op} {best.key}: {best.blocks} takes "
           f"{1e6 * (best.seconds or 0):.1f} us, {first.blocks} of the "
           f"heuristic {1e6 * first.seconds:.1f}; {len(trials)} tried, "
           f"{sum(t.seconds is None for t in trials)} of them in vain",
@@ -84,9 +84,17 @@ def floors(settings: Any) -> int:
   """The least time of every case on every chip, and what the kernels move."""
   from pallas_kernels import case
   from pallas_kernels import floors as lib
+  from pallas_kernels.matmul.cases import exits
   cases = case.collect(settings.op)
   print(lib.table(cases))
-  _write(settings.json, lib.records(cases))
+  rows = lib.records(cases)
+  if any(one.op == "fused_mlp" for one in cases):
+    left = list(exits())
+    print("\n" + lib.exit_table(left))
+    rows += lib.exit_records(left)
+    if settings.readme:
+      _renew(settings.readme, lib.exit_table(left), "exits")
+  _write(settings.json, rows)
   return 0
 
 
@@ -119,7 +127,7 @@ def define_flags(command: str, values: flags.FlagValues) -> None:
     return
   flags.DEFINE_string("json", None, "a file for all that is found",
                       flag_values=values)
-  if command in ("support", "compile"):
+  if command in ("support", "compile", "floors"):
     flags.DEFINE_string("readme", None, "a file in which the table is renewed, "
                         "between its marks", flag_values=values)
   if command == "compile":

@@ -7,6 +7,7 @@ does not support; machine code is made where the GPU is.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -37,6 +38,9 @@ _H100 = AbstractDevice(GPU.kind, 132, "gpu")
 _UNITS = ("MXU", "XLU", "VALU", "EUP", "VLOAD", "VSTORE")
 _CUSTOM_CALL = re.compile(
     r"%([\w.-]+) = .*custom_call_target=\"tpu_custom_call\"")
+# Of what is begun and awaited, a tuple comes first, of the source too.
+_COPY = re.compile(r"= \(*(\w+\[[\d,]+\])[^=]*? "
+                   r"(?:copy|copy-start|slice-start)\(")
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1",'
                    r'"offset":"\d+","size":"(\d+)"')
 
@@ -126,8 +130,7 @@ def compile_all(cases: Sequence[Case], names: Sequence[str],
   """
   devices = {name: device(name) for name in names}
   # All at once: a file may change while this is at work.
-  source = {(case.op, name): sources(case.call.__module__,
-                                     "tpu" if name == _GPU_NAME else "gpu")
+  source = {(case.op, name): source_of(case, name)
             for case in cases for name in (*names, _GPU_NAME)}
   for name in [*names, *[_GPU_NAME] * gpu]:
     for case in cases:
@@ -141,6 +144,20 @@ def compile_all(cases: Sequence[Case], names: Sequence[str],
       if journal is not None:
         journal.add(dataclasses.asdict(outcome), source[case.op, name])
       yield outcome
+
+
+def source_of(case: Case, name: str) -> str:
+  """A digest of all that what is found of a case on a target depends on."""
+  # Shapes stand where samples are drawn, which need not be where the op is.
+  modules = (_module(case.call), _module(case.sample))
+  return sources(modules, "tpu" if name == _GPU_NAME else "gpu")
+
+
+def _module(call: Any) -> str:
+  """Where a function is defined, whatever of it is settled before."""
+  while isinstance(call, functools.partial):
+    call = call.func
+  return call.__module__
 
 
 def read(row: Mapping[str, Any]) -> Outcome:
@@ -207,6 +224,16 @@ def called(text: str) -> tuple[str, ...]:
 def vmem(text: str) -> int:
   """Bytes of VMEM that the largest of them takes."""
   return max(map(int, _VMEM.findall(text)), default=0)
+
+
+def copied(text: str, shape: Sequence[int]) -> list[str]:
+  """Copies in a compiled program of what has these sizes, in any order.
+
+  Those of one do not count: a cache is handed to a kernel as one of one.
+  """
+  wanted = sorted(n for n in shape if n != 1)
+  return [found for found in _COPY.findall(text) if wanted == sorted(
+      n for n in map(int, found.partition("[")[2][:-1].split(",")) if n != 1)]
 
 
 def lower_gpu(case: Case) -> Outcome:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pallas_kernels.case import Case
+from pallas_kernels.matmul.cases import SHARES, Exit
 from pallas_kernels.target import CHIPS, Chip
 
 # A kernel may move this many times the least.
@@ -97,4 +98,30 @@ def table(cases: Sequence[Case]) -> str:
              "" if case.least_units is None else f"{grain(case):.3f}",
              f"{case.operations / 1e9:.3g}", *times]
     lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+def exit_records(exits: Sequence[Exit]) -> list[dict[str, Any]]:
+  """Of rows that leave early, for JSON."""
+  return [{"op": "early_exit_stream",
+           "case": f"{e.model}, {e.rows} rows, {e.share:.0%} leave after "
+                   f"{e.lower} of {e.depth} layers",
+           **dataclasses.asdict(e)} for e in exits]
+
+
+def exit_table(exits: Sequence[Exit]) -> str:
+  """In Markdown: MB by the share of rows that leave."""
+  lines = ["| model | | " + " | ".join(f"{s:.0%}" for s in SHARES) + " |",
+           "|---|---|" + "--:|" * len(SHARES)]
+  for model, rows in dict.fromkeys((e.model, e.rows) for e in exits):
+    mine = sorted((e for e in exits if (e.model, e.rows) == (model, rows)),
+                  key=lambda e: e.share)
+    name = f"{model}, {mine[0].lower} of {mine[0].depth} layers"
+    for what, found in (
+        (f"that share of {rows} rows", [e.moved_bytes for e in mine]),
+        (f"each of {rows} with that chance" if rows > 1 else
+         "one with that chance", [e.mean_bytes for e in mine])):
+      if None not in found:
+        lines.append(f"| {name} | {what} | " + " | ".join(
+            f"{n / 1e6:,.0f}" for n in found if n is not None) + " |")
   return "\n".join(lines)

@@ -39,16 +39,17 @@ def versions() -> dict[str, str | None]:
 
 
 @functools.cache
-def sources(module: str, other: str = "",
+def sources(modules: tuple[str, ...], other: str = "",
             packages: tuple[str, ...] = (_HERE.name,)) -> str:
-  """A digest of a module's file, and of all it imports of some packages.
+  """A digest of modules' files, and of all they import of some packages.
 
   Args:
     other: name of files that do not matter, being for another platform.
     packages: those that are looked at, beside this one.
   """
   seen: set[pathlib.Path] = set()
-  waiting = [_HERE.parent.joinpath(*module.split(".")).with_suffix(".py")]
+  waiting = [_HERE.parent.joinpath(*module.split(".")).with_suffix(".py")
+             for module in modules]
   while waiting:
     file = waiting.pop()
     if file in seen or not file.is_file() or file.stem == other:

@@ -76,6 +76,16 @@ CHIPS: dict[str, Chip] = {
     "NVIDIA H200": Chip(4800e9, 989e12, 1979e12, 141 << 30, 227 << 10),
 }
 
+# Shared memory of a GPU that is not among them: that of Hopper.
+_SHARED = 227 << 10
+
+
+def shared_memory(target: Target) -> int:
+  """Bytes of it that a block of threads of a GPU may hold."""
+  chip = CHIPS.get(target.kind)
+  return chip.fast_memory if chip else _SHARED
+
+
 # The target of what is traced within `with aim(target):`, None for any device.
 aim = jax.make_user_context(default_value=None)
 

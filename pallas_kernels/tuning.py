@@ -33,11 +33,13 @@ class Trial:
   """One candidate of one case.
 
   Attributes:
+    op: that whose table is asked, which may be another than the case's.
     seconds: of one call; None where it is no candidate.
     reason: why not.
   """
 
   case: Case
+  op: str
   key: str
   blocks: Blocks
   seconds: float | None
@@ -91,7 +93,7 @@ def tune(cases: Sequence[Case], target: Target, *, repeats: int = 5,
             blocks.watch() as asked):
         jax.eval_shape(call, *case.arguments)
     except NotImplementedError as e:
-      yield [Trial(case, "", 0, None, str(e))]
+      yield [Trial(case, "", "", 0, None, str(e))]
       continue
     best: dict[tuple[str, str], Blocks] = {}
     for choice, guess in asked.items():
@@ -114,9 +116,9 @@ def tune(cases: Sequence[Case], target: Target, *, repeats: int = 5,
         except Exception as e:           # a compiler may raise anything
           taken, problem = None, str(e).strip().partition("\n")[0]
           if not trials:                 # the heuristic itself does not work
-            yield [Trial(case, choice[1], candidate, None, problem)]
+            yield [Trial(case, *choice, candidate, None, problem)]
             break
-        trials.append(Trial(case, choice[1], candidate, taken, problem))
+        trials.append(Trial(case, *choice, candidate, taken, problem))
       else:
         yield trials
         best[choice] = winner(trials).blocks
@@ -136,7 +138,7 @@ def enter(table: blocks.Table, target: Target, trials: Sequence[Trial]
   """Writes the winner into a table."""
   best = winner(trials)
   ops = table.setdefault(target.kind, {})
-  ops.setdefault(best.case.op, {})[best.key] = best.blocks
+  ops.setdefault(best.op, {})[best.key] = best.blocks
 
 
 def _difference(result: Any, reference: Any) -> str:

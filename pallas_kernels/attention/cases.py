@@ -31,6 +31,11 @@ def cases() -> Iterator[Case]:
     yield _case(model, "verify 8, window 1024", 8, window=1024)
     yield _case(model, "decode, int8", 1, stored=jnp.int8)
     yield _case(model, "verify 8, int8", 8, stored=jnp.int8)
+    yield _case(model, "verify 8, float8", 8, stored=jnp.float8_e4m3fn)
+  # As of Gemma 2; and a row of four streams, side by side.
+  yield _case("llama3-8b", "verify 8, soft cap 50", 8, cap=50.0)
+  for model in MODELS:
+    yield _case(model, "a row of 4 streams", 4, streams=4)
   yield _case("llama3-8b", "verify 8, int8 pages", 8, paged=True,
               stored=jnp.int8, page=128)
   yield _case("llama3-8b", "decode of 1 row of 128k", 1, rows=1, held=130000,
@@ -38,11 +43,12 @@ def cases() -> Iterator[Case]:
 
 
 def _case(model, what, tokens, *, rows=ROWS, held=HELD, slots=SLOTS,
-          paged=False, window=None, stored=jnp.bfloat16, page=None):
+          paged=False, window=None, stored=jnp.bfloat16, page=None, cap=None,
+          streams=0):
   heads, groups, size, usual = MODELS[model]
   page = page or usual
   dtype, words = jnp.bfloat16, -(-tokens // 32)
-  scaled = stored == jnp.int8
+  scaled = jnp.dtype(stored).itemsize == 1
   pages = slots // page
   where = ((rows * pages + 1, groups, page) if paged else
            (rows, groups, slots))
@@ -55,17 +61,20 @@ def _case(model, what, tokens, *, rows=ROWS, held=HELD, slots=SLOTS,
       ints((rows, slots)), ints((rows, tokens)), ints((rows, tokens)),
       shape((tokens, words), jnp.uint32),
       scales if scaled else None, scales if scaled else None,
-      ints((rows, pages)) if paged else None)
+      ints((rows, pages)) if paged else None,
+      ints((rows, slots)) if streams else None,
+      shape((tokens,), jnp.uint32) if streams else None)
 
   def call(query, key, value, fresh_key, fresh_value, slot_positions,
-           positions, fresh_positions, seen, key_scale, value_scale, table, *,
-           implementation=None):
+           positions, fresh_positions, seen, key_scale, value_scale, table,
+           slot_streams, readable, *, implementation=None):
     return tree_attention(
         query, key, value, fresh_key, fresh_value,
         slot_positions=slot_positions, positions=positions,
         fresh_positions=fresh_positions, seen=seen, scale=size ** -0.5,
         key_scale=key_scale, value_scale=value_scale, table=table,
-        window=window, implementation=implementation)
+        window=window, logits_soft_cap=cap, slot_streams=slot_streams,
+        readable=readable, implementation=implementation)
 
   def sample(seed):
     rng = np.random.default_rng(seed)
@@ -77,16 +86,24 @@ def _case(model, what, tokens, *, rows=ROWS, held=HELD, slots=SLOTS,
                          like.dtype)
     query, key, value, fresh_key, fresh_value = map(draw, arguments[:5])
     slot = np.arange(slots)
-    slot_positions = np.tile(np.where(slot < held, slot, -1), (rows, 1))
-    positions = np.tile(held + np.arange(tokens), (rows, 1))
-    mask = np.tri(tokens, dtype=bool)
+    # Tokens of streams that stand side by side have one position.
+    depth = slot // max(streams, 1)
+    slot_positions = np.tile(np.where(slot < held, depth, -1), (rows, 1))
+    positions = np.tile(
+        held // max(streams, 1) + np.arange(tokens) * (not streams), (rows, 1))
+    mask = np.eye(tokens) > 0 if streams else np.tri(tokens, dtype=bool)
     scale = [draw(scales) * 0.002 + 0.02 if scaled else None for _ in "kv"]
     table = (jnp.asarray(1 + rng.permutation(rows * pages).reshape(rows, -1),
                          jnp.int32) if paged else None)
+    of_streams = [None, None]
+    if streams:                        # each token reads its own and the first
+      of_streams = [jnp.asarray(np.tile(slot % streams, (rows, 1)), jnp.int32),
+                    1 | jnp.uint32(1) << jnp.arange(tokens, dtype=jnp.uint32)]
     return (query, key, value, fresh_key, fresh_value,
             jnp.asarray(slot_positions, jnp.int32),
             jnp.asarray(positions, jnp.int32),
-            jnp.asarray(positions, jnp.int32), pack(mask), *scale, table)
+            jnp.asarray(positions, jnp.int32), pack(mask), *scale, table,
+            *of_streams)
 
   # Of a windowed layer, what the first token sees lies that far back.
   visible = held if window is None else window - 1
@@ -99,5 +116,6 @@ def _case(model, what, tokens, *, rows=ROWS, held=HELD, slots=SLOTS,
       tpu.moved_bytes(
           (rows, tokens, heads, size), buffer.shape, tokens, (held,) * rows,
           key_dtype=stored, dtype=dtype, slots=slots, paged=paged,
-          scales=scaled, words=words, window=window),
+          scales=scaled, words=words, window=window,
+          streamed=bool(streams)),
       sample)

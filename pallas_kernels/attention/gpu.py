@@ -15,10 +15,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.words import unpack
-from pallas_kernels.target import Target
+from pallas_kernels.blocks import choose
+from pallas_kernels.target import Target, shared_memory
 
 _BLOCK, _HEIGHT = 64, 64         # slots; rows, which are tokens by their heads
 _PROCESSORS = 132
+# Of a head, what is summed at once: more would not fit into registers.
+_PART = 128
+# Bytes of shared memory that Pallas takes besides: to sum over threads, for
+# barriers, and between what is aligned.
+_BESIDES = 4 << 10
 # Finite, so that a row which has seen nothing yet has no NaN.
 _LEAST = -0.7 * float(jnp.finfo(jnp.float32).max)
 
@@ -45,17 +51,40 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
   if slots == 0 or slots % _BLOCK:
     raise NotImplementedError(f"{slots} slots: they must be a multiple of "
                               f"{_BLOCK}; use 'xla', or such a capacity")
+  ahead, splits = _plan(query.shape, key.shape[1], slots, target)
   return _attend(query, key, value, fresh_key, fresh_value, slot_positions,
                  positions, fresh_positions, seen, table, scale=scale,
-                 window=window, cap=logits_soft_cap,
-                 interpret=target.interpret)
+                 window=window, cap=logits_soft_cap, ahead=ahead,
+                 splits=splits, interpret=target.interpret)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "window", "cap",
-                                             "interpret"))
+def _plan(query_shape, groups, slots, target):
+  """Blocks on their way, and shares of a prefix."""
+  rows, tokens, heads, size = query_shape
+  blocks, tiles = slots // _BLOCK, -(-tokens * heads // groups // _HEIGHT)
+
+  def guess():
+    # Enough to keep all processors busy, each with some blocks in a row.
+    splits = min(_PROCESSORS // (rows * groups * tiles), blocks // 4)
+    return 2 if size == 256 else 4, max(1, splits)
+
+  ahead, splits = choose("tree_attention", target,
+                         (rows, tokens, heads, groups, size, slots), guess)
+  splits = min(splits, blocks)
+  needed = _BESIDES + 2 * _HEIGHT * (size + _BLOCK) + ahead * _BLOCK * (
+      2 * 2 * size + 4) + 4 * _HEIGHT * (min(size, _PART) + 3)
+  if needed > shared_memory(target):
+    raise NotImplementedError(
+        f"{ahead} blocks of heads of {size} on their way take {needed >> 10} "
+        "KiB of shared memory; use 'xla', or tune again")
+  return ahead, splits
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "window", "cap", "ahead",
+                                             "splits", "interpret"))
 def _attend(query, key, value, fresh_key, fresh_value, slot_positions,
             positions, fresh_positions, seen, table, *, scale, window, cap,
-            interpret):
+            ahead, splits, interpret):
   rows, tokens, heads, size = query.shape
   groups, slots = key.shape[1], slot_positions.shape[1]
   share = heads // groups
@@ -82,16 +111,12 @@ def _attend(query, key, value, fresh_key, fresh_value, slot_positions,
   height = -(-tokens * share // _HEIGHT) * _HEIGHT
   spare = height - tokens * share
   tiles = height // _HEIGHT
-  # Enough to keep all processors busy, each with some blocks in a row.
-  splits = max(1, min(_PROCESSORS // (rows * groups * tiles),
-                      slots // _BLOCK // 4))
   inputs = [spans, jnp.pad(q, ((0, 0), (0, 0), (0, spare), (0, 0))), key,
             value, slot_positions.astype(jnp.int32)]
   if table is not None:
     inputs.append(table.astype(jnp.int32))
   if window is not None:
     inputs.append(jnp.pad(oldest, ((0, 0), (0, spare))))
-  ahead = 2 if size == 256 else 4
   tiled = _tiling(size)
   scratch = [
       plgpu.SMEM((_HEIGHT, size), key.dtype, transforms=tiled),
@@ -100,7 +125,7 @@ def _attend(query, key, value, fresh_key, fresh_value, slot_positions,
       plgpu.SMEM((ahead, _BLOCK), jnp.int32),
       plgpu.SMEM((_HEIGHT, _BLOCK), key.dtype, transforms=_tiling(_BLOCK)),
       plgpu.SMEM((_HEIGHT,), jnp.int32),
-      plgpu.SMEM((_HEIGHT, size), jnp.float32),
+      plgpu.SMEM((_HEIGHT, min(size, _PART)), jnp.float32),
       plgpu.SMEM((2, _HEIGHT), jnp.float32),
       plgpu.Barrier(num_arrivals=1 if window is None else 2),
       plgpu.Barrier(num_arrivals=2, num_barriers=ahead),
@@ -182,6 +207,9 @@ def _kernel(*refs, rows, splits, ahead, scale, cap, paged, windowed, size):
   def spread(x, shape, axis):
     return lax.broadcast_in_dim(x, shape, (axis,))
 
+  width = min(size, _PART)
+  parts = [pl.ds(at, width) for at in range(0, size, width)]
+
   def step(n, state):
     top, total, sums = state
     place = lax.rem(n, ahead)
@@ -206,25 +234,33 @@ def _kernel(*refs, rows, splits, ahead, scale, cap, paged, windowed, size):
     @pl.when(first + n >= whole)
     def _():
       # A zero probability does not hide a NaN that lay there before.
-      there = spread(held[place], (_BLOCK, size), 0) >= 0
-      value[place] = jnp.where(there, value[place].astype(jnp.float32),
-                               0.0).astype(value.dtype)
+      there = spread(held[place], (_BLOCK, width), 0) >= 0
+      for part in parts:
+        at = place, slice(None), part
+        value[at] = jnp.where(there, value[at].astype(jnp.float32),
+                              0.0).astype(value.dtype)
 
     plgpu.commit_smem()
-    more = product((_HEIGHT, size), weights, value.at[place])
+    shape = (_HEIGHT, width)
+    sums = [old * spread(shrink, shape, 0)
+            + product(shape, weights, value.at[place, :, part])
+            for old, part in zip(sums, parts, strict=True)]
     pl.when(n + ahead < count)(lambda: fetch(n + ahead, place))
-    return (new, total * shrink + jnp.sum(s, axis=1),
-            sums * spread(shrink, (_HEIGHT, size), 0) + more)
+    return new, total * shrink + jnp.sum(s, axis=1), sums
 
   top, total, sums = lax.fori_loop(0, count, step, (
       jnp.full((_HEIGHT,), _LEAST, jnp.float32),
       jnp.zeros((_HEIGHT,), jnp.float32),
-      jnp.zeros((_HEIGHT, size), jnp.float32)))
-  sums_here[...] = sums
+      [jnp.zeros((_HEIGHT, width), jnp.float32)] * len(parts)))
   stats_here[0] = top
   stats_here[1] = total
-  plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(sums_here, sums_out.at[split, row, group, height])
+  for part, some in zip(parts, sums, strict=True):
+    # One after another, by way of the same shared memory.
+    plgpu.wait_smem_to_gmem(0)
+    sums_here[...] = some
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(
+        sums_here, sums_out.at[split, row, group, height, part])
   for n in range(2):
     plgpu.copy_smem_to_gmem(stats_here.at[n],
                             stats_out.at[split, row, group, n, height])

@@ -105,7 +105,7 @@ def tree_attention(
 
 
 def _one_stream(*unused: object, **also_unused: object):
-  raise NotImplementedError("it takes a prefix of one stream")
+  raise NotImplementedError("it takes a prefix of one stream; use 'xla'")
 
 
 def _whole(*unused: object, **also_unused: object):

@@ -90,18 +90,19 @@ def tree_attention(query, key, value, fresh_key, fresh_value, *,
 def moved_bytes(query_shape, key_shape, nodes: int, lengths, *, key_dtype,
                 dtype, slots: int, paged: bool = False, scales: bool = False,
                 words: int = 1, window: int | None = None,
-                target: Target = Target("tpu")) -> int:
+                streamed: bool = False, target: Target = Target("tpu")) -> int:
   """Bytes that the kernel's blocks move between memory and chip.
 
   Args:
     lengths: positions that each row holds, in the slots from its first on.
     slots: of the longest row there may be.
+    streamed: whether slots are of several streams.
   """
   plan = _plan(query_shape, key_shape, jnp.dtype(key_dtype), slots, paged,
                scales, target)
   return _moved(plan, query_shape, key_shape[1], nodes, lengths,
                 key_dtype=key_dtype, dtype=dtype, scales=scales, words=words,
-                window=window)
+                window=window, streamed=streamed)
 
 
 def _units(plan, length, window):
@@ -114,7 +115,7 @@ def _units(plan, length, window):
 
 
 def _moved(plan, query_shape, groups, nodes, lengths, *, key_dtype, dtype,
-           scales, words, window):
+           scales, words, window, streamed):
   rows, tokens, heads, size = query_shape
   units = [_units(plan, n, window) for n in lengths]
   blocks = [-(-n // plan.units) for n in units]
@@ -129,9 +130,9 @@ def _moved(plan, query_shape, groups, nodes, lengths, *, key_dtype, dtype,
   element = jnp.dtype(dtype).itemsize
   moved += 2 * rows * tokens * heads * size * element
   moved += 2 * rows * _padded(nodes) * groups * size * element
-  windowed = window is not None
-  shared = rows * parts if windowed else 1
-  moved += shared * tokens * (heads // groups) * (words + windowed) * 4
+  more = (window is not None) + 2 * streamed
+  shared = rows * parts if more else 1
+  moved += shared * tokens * (heads // groups) * (words + more) * 4
   return int(moved)
 
 
@@ -316,7 +317,8 @@ def _attend(query, key, value, fresh_key, fresh_value, slot_positions,
       bytes_accessed=_moved(
           plan, query.shape, groups, nodes, (slots,) * rows,
           key_dtype=key.dtype, dtype=dtype, scales=key_scale is not None,
-          words=seen.shape[-1], window=window))
+          words=seen.shape[-1], window=window,
+          streamed=slot_streams is not None))
   out = pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of decode and verification steps of models people run."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -26,6 +27,9 @@ MODELS = {
 }
 # Layers of a stack: enough that one is a place in it.
 DEPTH = 4
+# Layers of each model, of which rows that leave early need the first third.
+DEPTHS = {"smollm2-135m": 30, "llama3-8b": 32, "llama3-70b of tp 8": 80}
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def cases() -> Iterator[Case]:
@@ -58,6 +62,45 @@ def cases() -> Iterator[Case]:
           functools.partial(fused_mlp, eps=1e-5, activation="silu"),
           (_shape(rows, width), norm, up, up, down, _shape(dtype=jnp.int32),
            _shape(rows, dtype=jnp.bool_)), [up, up, down], width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exit:
+  """A step's MLP blocks (`early_exit_stream`), of whose rows some leave early.
+
+  Attributes:
+    lower: of `depth` layers, those that all rows need.
+    share: of the rows, those that leave behind them.
+    moved_bytes: what the TPU kernel moves in all layers, by its own count, if
+      just that share leaves; None where that is no number of rows.
+    mean_bytes: the same on average, if each row leaves with that chance.
+  """
+
+  model: str
+  rows: int
+  lower: int
+  depth: int
+  share: float
+  moved_bytes: int | None
+  mean_bytes: float
+
+
+def exits() -> Iterator[Exit]:
+  """What leaving early saves where 8 rows are decoded, and where one is."""
+  for model, (width, mlp) in MODELS.items():
+    depth, norm = DEPTHS[model], _shape(1, width, dtype=jnp.float32)
+    lower = depth // 3
+    up, down = _shape(1, mlp, width), _shape(1, width, mlp)
+    for rows in (8, 1):
+      read, left = (tpu.moved_bytes(
+          _shape(rows, width), up, up, down, norm=norm, outputs=width,
+          live=True, exited=exited) for exited in (False, True))
+      for share in SHARES:
+        moved = lower * read + (depth - lower) * (left if share == 1 else read)
+        mean = lower * read + (depth - lower) * (
+            read + share ** rows * (left - read))
+        yield Exit(model, rows, lower, depth, share,
+                   None if share * rows % 1 else moved, mean)
 
 
 def _case(op, name, call, arguments, stacks, outputs):

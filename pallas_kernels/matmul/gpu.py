@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights streamed through shared memory to the tensor cores (Hopper).
 
-A block of threads has 128 outputs and walks the inputs, several chunks ahead.
+A block of threads has some outputs, 128 unless a table knows better, and walks
+the inputs, several chunks ahead.
 The weight is the long side of a product; the short one is 64 rows however many
 there are, because both factors must be swizzled alike.
 An MLP is two kernels: sums over all hidden values cannot stay in one block, and
@@ -14,13 +15,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.blocks import choose
 from pallas_kernels.matmul.activations import IN_KERNELS
 from pallas_kernels.quantized import GroupedQArray, QArray
-from pallas_kernels.target import Target
+from pallas_kernels.target import Target, shared_memory
 
 _TILE, _CHUNK = 128, 64          # outputs, and inputs
 _WIDE = 64                       # rows
 _BYTES = 160 << 10               # of shared memory, for chunks on their way
+_BESIDES = 4 << 10               # of it, for what Pallas needs itself
 
 
 def streamed_matmul(x, stack, layer, live, *, target: Target):
@@ -31,7 +34,8 @@ def streamed_matmul(x, stack, layer, live, *, target: Target):
     scale = lax.dynamic_slice_in_dim(stack.scale, layer, 1)
     stack = stack.values
   _check(x, stack, dtypes=(jnp.bfloat16, jnp.int8))
-  y = _stream(lambda y: y, x, [stack], _head(layer, live), jnp.float32, target)
+  y = _stream("streamed_matmul", lambda y: y, x, [stack], _head(layer, live),
+              jnp.float32, target)
   return _of_live(y if scale is None else y * scale, live)
 
 
@@ -51,31 +55,55 @@ def fused_mlp(x, norm, gate, up, down, layer, live, *, eps, activation,
   y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
   norm = lax.dynamic_slice_in_dim(norm, layer, 1)
   hidden = _stream(
-      lambda gate, up: IN_KERNELS[activation](gate) * up,
+      "fused_mlp", lambda gate, up: IN_KERNELS[activation](gate) * up,
       (y * norm).astype(x.dtype), [gate, up], head, x.dtype, target)
-  y = _stream(lambda y: y, hidden, [down], head, jnp.float32, target)
+  y = _stream("fused_mlp", lambda y: y, hidden, [down], head, jnp.float32,
+              target)
   return _of_live(y, live)
 
 
-def _stream(finish, x, stacks, head, dtype, target):
+def _plan(op, x, stacks, dtype, target):
+  """Outputs of a block of threads, and chunks on their way."""
+  inputs, (_, outputs, _) = x.shape[1], stacks[0].shape
+  each, count = stacks[0].dtype.itemsize, len(stacks)
+
+  def guess():
+    ahead = _BYTES // ((count * _TILE + _WIDE) * _CHUNK * 2)
+    return _TILE, min(ahead, inputs // _CHUNK, 8)
+
+  tile, ahead = choose(op, target, (count, outputs, inputs, stacks[0].dtype),
+                       guess)
+  needed = _BESIDES + ahead * _CHUNK * (count * tile * each + _WIDE * 2) + (
+      tile * _WIDE * jnp.dtype(dtype).itemsize)
+  if stacks[0].dtype != x.dtype:
+    needed += tile * _CHUNK * 2
+  if outputs % tile or tile % _WIDE or ahead > inputs // _CHUNK or (
+      needed > shared_memory(target)):
+    raise NotImplementedError(
+        f"{op}: a table has {tile} of {outputs} outputs and {ahead} of "
+        f"{inputs // _CHUNK} chunks on their way, in {needed >> 10} KiB; tune "
+        "again, or use implementation='xla'")
+  return tile, ahead
+
+
+def _stream(op, finish, x, stacks, head, dtype, target):
   """`finish` of the products with a layer of each stack, `[rows outputs]`."""
   rows, inputs = x.shape
   _, outputs, _ = stacks[0].shape
+  tile_size, ahead = _plan(op, x, stacks, dtype, target)
   x = jnp.pad(x, ((0, _WIDE - rows), (0, 0))).T
-  ahead = _BYTES // ((len(stacks) * _TILE + _WIDE) * _CHUNK * 2)
-  ahead = min(ahead, inputs // _CHUNK, 8)
 
-  scratch = [plgpu.SMEM((_TILE, _WIDE), dtype)]
+  scratch = [plgpu.SMEM((tile_size, _WIDE), dtype)]
   if stacks[0].dtype != x.dtype:
     # Integers are widened here.
-    shape = (_TILE, _CHUNK)
+    shape = (tile_size, _CHUNK)
     scratch.append(plgpu.SMEM(shape, x.dtype,
                               transforms=_transforms(shape, x.dtype)))
 
   def kernel(head_ref, x_ref, *refs):
     stack_refs, (out_ref, out_smem, *wide) = (refs[:len(stacks)],
                                               refs[len(stacks):])
-    start = lax.axis_index("tile") * _TILE
+    start = lax.axis_index("tile") * tile_size
 
     @pl.when(head_ref[1] != 0)
     def _():
@@ -94,21 +122,21 @@ def _stream(finish, x, stacks, head, dtype, target):
         plgpu.emit_pipeline(
             body, grid=(inputs // _CHUNK,), max_concurrent_steps=ahead,
             in_specs=[_block((_CHUNK, _WIDE), lambda k: (k, 0), x.dtype)]
-            + [_block((_TILE, _CHUNK), lambda k: (0, k), stack.dtype)
+            + [_block((tile_size, _CHUNK), lambda k: (0, k), stack.dtype)
                for stack in stacks])(
-                x_ref, *(ref.at[layer, pl.ds(start, _TILE)]
+                x_ref, *(ref.at[layer, pl.ds(start, tile_size)]
                          for ref in stack_refs))
         return tuple(acc[...] for acc in accs)
 
       sums = pl.run_scoped(
-          scope, *[plgpu.ACC((_TILE, _WIDE), jnp.float32)] * len(stacks))
+          scope, *[plgpu.ACC((tile_size, _WIDE), jnp.float32)] * len(stacks))
       out_smem[...] = finish(*sums).astype(dtype)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(out_smem, out_ref.at[pl.ds(start, _TILE)])
+      plgpu.copy_smem_to_gmem(out_smem, out_ref.at[pl.ds(start, tile_size)])
       plgpu.wait_smem_to_gmem(0)
 
   y = plgpu.kernel(
-      kernel, grid=(outputs // _TILE,), grid_names=("tile",),
+      kernel, grid=(outputs // tile_size,), grid_names=("tile",),
       out_type=jax.ShapeDtypeStruct((outputs, _WIDE), dtype),
       scratch_types=scratch,
       compiler_params=plgpu.CompilerParams(

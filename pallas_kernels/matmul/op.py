@@ -93,7 +93,8 @@ def fused_mlp(
   """A gated MLP behind its norm: `down(act(gate(n)) * up(n))`, n = norm(x).
 
   The residual is not added: some models norm what comes out first. In the
-  kernels every weight is read once and the hidden values stay on the chip.
+  kernels every weight is read once. On a TPU the hidden values stay on the
+  chip; on a GPU they pass through memory, between two kernels.
 
   Args:
     x: the residual stream of a few rows.

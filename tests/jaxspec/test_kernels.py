@@ -5,17 +5,20 @@ Held here: a generator's choice is refused where its devices cannot have it;
 what the kernels of a TPU give, interpreted, is the text of XLA's programs, for
 each cache, plain, drafted by a head and by prompt lookup, and so are rows of
 streams; and the program of a decoding that is compiled for a TPU calls every
-op's kernel, on one device and on four, with its caches in place.
+op's kernel, on one device and on four, with its caches in place; lowered for an
+H100 it does so too.
 """
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh
 
-from experiments.kernel_programs import copied
-from jaxspec import kernels, loop, sharding
+from jaxspec import kernels, loop, planning, sharding
 from jaxspec.drafters.early_exit import EarlyExit
 from jaxspec.drafters.medusa import Medusa, published
 from jaxspec.drafters.prompt_lookup import PromptLookup
@@ -31,6 +34,7 @@ from jaxspec.streams.model import StreamModel
 from jaxspec.streams.session import Streams
 from jaxspec.verifiers.exact import exact
 from pallas_kernels import errors, target
+from pallas_kernels.compiling import GPU, copied
 from tests.jaxspec import batches
 from tests.jaxspec.streams import tables
 from tests.jaxspec.test_memory import LLAMA_3_8B, placed, scalar
@@ -182,6 +186,59 @@ def lacking(compiled, wanted):
             for line in compiled.as_text().splitlines()
             if "tpu_custom_call" in line}
   return {op for op in wanted if not any(op in name for name in called)}
+
+
+def kernels_of_gpu(text):
+  """Folders of the GPU kernels that a lowered program calls, in order.
+
+  They have no names of their own, but each call knows where it was written.
+  """
+  places = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.M))
+
+  def said(at):
+    mine = places.get(at, "")
+    return mine + "".join(map(said, re.findall(r"#loc\d+", mine)))
+
+  called = re.findall(r"custom_call @mosaic_gpu.*loc\((#loc\d*)\)$", text, re.M)
+  return sorted(folder for at in called for folder in set(
+      re.findall(r"pallas_kernels/(\w+)/gpu\.py", said(at))))
+
+
+# Of an MLP there are two.
+DECODING = ["acceptance", "attention", "matmul", "matmul", "writeback"]
+
+
+@pytest.mark.medium
+def test_a_program_for_a_gpu_calls_the_kernels():
+  """Lowered for an H100, of which no compiler is needed."""
+  mesh = AbstractMesh(
+      (1,) * len(sharding.MESH_AXES), sharding.MESH_AXES,
+      abstract_device=AbstractDevice(GPU.kind, 132, "gpu"))
+  model = Transformer(LLAMA_3_8B(depth=1), abstract_source(jnp.bfloat16, mesh))
+  made = PromptLookup(length=3)
+  with jax.sharding.use_abstract_mesh(mesh), target.aim(GPU):
+    state = placed(lambda: loop.init(
+        model, made, model.init_cache(batches.cache_kind("contiguous"), 2, 1024,
+                                      jnp.bfloat16),
+        capacity=1024, stops=16, biases=64))
+    lowered = loop.decode.trace(
+        model, made, exact, state, scalar(jnp.int32, mesh),
+        scalar(bool, mesh)).lower(lowering_platforms=("cuda",))
+  assert kernels_of_gpu(lowered.as_text(debug_info=True)) == DECODING
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("choice", [None, pytest.param("gpu", marks=slow)])
+def test_a_plan_for_a_gpu_calls_the_kernels(choice):
+  try:
+    planning.devices("h100:1")
+  except InputError as e:
+    pytest.skip(str(e))
+  plan = planning.Blueprint(planning.Setup(
+      LLAMA_3_8B(depth=1), "h100:1", (("tensor", 1),), rows=2, capacity=1024,
+      drafter="prompt_lookup:length=3", kernels=choice))
+  text = plan.lower("decode").as_text(debug_info=True)
+  assert kernels_of_gpu(text) == DECODING
 
 
 @slow

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is said of kernels that compile, and of those that do not."""
 
+import functools
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -11,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import compiling, schedules
+from pallas_kernels import compiling, records, schedules
+from pallas_kernels.case import collect
 from pallas_kernels.errors import InputError
 from tests.pallas_kernels import samples
 
@@ -98,6 +101,51 @@ def test_a_gpu_kernel_lowers():
 
   outcome = compiling.lower_gpu(samples.case(gpu=gpu, rows=128))
   assert outcome.status == "lowers", outcome.reason
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+  """The package, where its files may be edited."""
+  here = tmp_path / records._HERE.name
+  shutil.copytree(records._HERE, here, ignore=shutil.ignore_patterns("*.pyc"))
+  monkeypatch.setattr(records, "_HERE", here)
+  records.sources.cache_clear()
+  yield here
+  records.sources.cache_clear()
+
+
+OPS = list({case.op: case for case in collect()}.values())
+
+
+def folder(case):
+  return compiling._module(case.sample).split(".")[1]
+
+
+def test_what_is_found_depends_on_the_sources_of_its_op(copied):
+  """Also where a call is settled in part, and so is no function."""
+  def digests():
+    records.sources.cache_clear()
+    return {(folder(case), name, case.op): compiling.source_of(case, name)
+            for case in OPS for name in ("v5e", "h100")}
+
+  assert any(isinstance(case.call, functools.partial) for case in OPS)
+  before, folders = digests(), sorted(set(map(folder, OPS)))
+  # Ops of one folder share their files, others do not; nor do platforms.
+  assert len(set(before.values())) == 2 * len(folders) == 10
+  edits = [*((f, file, name) for f in folders
+             for file, name in (("tpu", "v5e"), ("gpu", "h100"))),
+           ("matmul", "cases", None), ("matmul", "op", None)]
+  for edited, file, name in edits:
+    path = copied / edited / f"{file}.py"
+    text = path.read_text()
+    path.write_text(text + "# Edited.\n")
+    changed = {at for at, digest in digests().items() if digest != before[at]}
+    path.write_text(text)
+    wanted = {at for at in before if at[0] == edited and name in (at[1], None)}
+    # A kernel may ask that of another folder what it takes.
+    assert wanted <= changed, (edited, file)
+    assert not [at for at in changed if name not in (at[1], None)], edited
+  assert digests() == before
 
 
 def test_unknown_topologies():

@@ -10,6 +10,8 @@ from pallas_kernels import floors, support
 from pallas_kernels.case import collect
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.errors import InputError
+from pallas_kernels.matmul.cases import DEPTHS, SHARES, exits
+from pallas_kernels.matmul.stream import expected_bytes
 from pallas_kernels.target import CHIPS, Chip, Target, aim
 from tests.pallas_kernels import samples
 
@@ -60,6 +62,22 @@ def kernels(jaxpr):
         yield from kernels(inner)
 
 
+# Bytes by hand of the first case of ops that move the same whatever rows hold,
+# all of SmolLM2: what is multiplied, weights, scales, rows that are live, layer
+# and whether any is, what comes out.
+BY_HAND = {
+    "streamed_matmul": ("gate, 8 rows, bf16", 8 * 576 * 2 + 1536 * 576 * 2
+                        + 8 * 4 + 2 * 4 + 8 * 1536 * 4),
+    "quantized_matmul": ("gate, 8 rows, int8", 8 * 576 * 2 + 1536 * 576
+                         + 1536 * 4 + 2 * 4 + 8 * 1536 * 4),
+    "fused_mlp": ("1 rows, bf16", 576 * 2 + 3 * 1536 * 576 * 2
+                  + 576 * 4 + 4 + 2 * 4 + 576 * 4),
+    # Of a row come out four sums, and three numbers of a candidate.
+    "proposal_head": ("say 1 for 1", 576 * 2 + 49152 * 576 * 2 + 576 * 4
+                      + (4 + 3) * 4),
+}
+
+
 @pytest.mark.parametrize("case", FIRST, ids=lambda case: case.op)
 def test_a_kernel_tells_the_compiler_what_it_costs(case):
   """How much rows hold is not known when it does: what they have room for."""
@@ -71,10 +89,37 @@ def test_a_kernel_tells_the_compiler_what_it_costs(case):
   if case.op != "accept_nodes":        # which multiplies no matrices
     assert cost.flops >= 0.98 * case.operations
   assert cost.bytes_accessed >= 0.98 * case.least_bytes
-  if case.op in ("fused_mlp", "streamed_matmul", "quantized_matmul",
-                 "proposal_head"):
-    assert cost.bytes_accessed == case.moved_bytes
+  if case.op in BY_HAND:
+    name, count = BY_HAND[case.op]
+    assert case.name.endswith(name) and "smollm2" in case.name
+    assert cost.bytes_accessed == case.moved_bytes == count
     assert cost.flops == pytest.approx(case.operations, rel=0.02)
+
+
+def test_what_is_read_falls_to_the_lower_layers_when_all_rows_leave():
+  """And not before; by hand, of the 30 layers of SmolLM2 ten are the lower."""
+  found = {(e.model, e.rows, e.share): e for e in exits()}
+  weights, rows = 3 * 576 * 1536 * 2, 8
+  beside = rows * 576 * 2 + rows * 576 * 4 + 576 * 4 + 4 * rows + 8
+  for share in SHARES:
+    e = found["smollm2-135m", rows, share]
+    read = 10 if share == 1 else 30
+    assert e.moved_bytes == read * weights + 30 * beside
+    assert found["smollm2-135m", 1, share].moved_bytes is None or share % 1 == 0
+  for (_, rows, share), e in found.items():
+    full = found[e.model, rows, 0.0]
+    assert e.depth == DEPTHS[e.model] and e.lower == e.depth // 3
+    # Almost: rows come and go in every layer.
+    assert e.mean_bytes == pytest.approx(expected_bytes(
+        share, rows=rows, lower=e.lower, depth=e.depth,
+        layer_bytes=full.moved_bytes // e.depth), rel=0.02)
+    if share == 1:
+      assert e.moved_bytes == e.mean_bytes
+      assert e.moved_bytes / full.moved_bytes == pytest.approx(
+          e.lower / e.depth, rel=0.02)
+  shown = floors.exit_table(list(exits())).splitlines()
+  assert shown[2].endswith("| 160 | 160 | 160 | 160 | 54 |")
+  assert len(shown) == 2 + 3 * 3
 
 
 def test_where_a_unit_of_memory_is_larger_than_what_is_written():

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import blocks, timing, tuning
-from pallas_kernels.target import Target
+from pallas_kernels.case import collect
+from pallas_kernels.target import Target, aim
 from tests.pallas_kernels import samples
 
 INTERPRETED = Target("tpu", "TPU v5 lite", interpret=True)
@@ -108,9 +109,44 @@ def test_several_choices_one_after_another(monkeypatch):
   assert (128, (4, 32)) not in asked
 
 
+def test_an_entry_stands_where_it_is_looked_for():
+  """A kernel may be made of another op's, and ask for that one's blocks."""
+  def tpu(x, w, state, *, target):
+    blocks.choose("other", target, "key", lambda: 128)
+    return samples._xla(x, w, state)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(timing, "measure", lambda *args, **kw: 1 / dict(
+        blocks.trial.value)["other", "key"])
+    (trials,) = tune(samples.case(tpu=tpu))
+  table = {}
+  tuning.enter(table, INTERPRETED, trials)
+  assert table == {"TPU v5 lite": {"other": {"key": 256}}}
+
+
 def test_what_refuses_is_told():
   (trials,) = tune(samples.case(dtype=jnp.float16))
   assert trials[0].seconds is None and "no TPU has float16" in trials[0].reason
+
+
+GPU = Target("gpu", "NVIDIA H100 80GB HBM3")
+
+
+@pytest.mark.parametrize("op, name, wanted", [
+    ("tree_attention", "llama3-8b, decode of 4096",
+     {("tree_attention", "8,1,32,8,128,5120"): (4, 2)}),
+    ("quantized_matmul", "llama3-8b gate, 8 rows, int8",
+     {("streamed_matmul", "1,14336,4096,int8"): (128, 6)}),
+    ("fused_mlp", "llama3-8b, 1 rows, bf16",
+     {("fused_mlp", "2,14336,4096,bfloat16"): (128, 4),
+      ("fused_mlp", "1,4096,14336,bfloat16"): (128, 6)})])
+def test_kernels_of_a_gpu_ask_too(op, name, wanted):
+  (case,) = (c for c in collect([op]) if c.name == name)
+  with aim(GPU), blocks.watch() as asked:
+    jax.eval_shape(lambda *args: case.call(*args, implementation="gpu"),
+                   *case.arguments)
+  assert asked == wanted
+  assert all(len(tuning.candidates(guess)) > 4 for guess in asked.values())
 
 
 def test_candidates():

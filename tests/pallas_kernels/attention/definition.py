@@ -38,14 +38,23 @@ def reference(query, key, value, fresh_key, fresh_value, *, slot_positions,
   return out
 
 
+# Of each node the one before it: what is decoded, drafted and verified at once.
+TREES = {"root": (-1,), "chain of 8": tuple(range(-1, 7)),
+         "tree of 63": tuple((n + 1) // 2 - 1 for n in range(63))}
+
+
 def case(slots, lengths=None, *, heads=4, groups=2, start=1, by_row=False,
-         ring=False, seed=0, tokens=3, nodes=5, size=8):
+         ring=False, seed=0, tokens=3, nodes=5, size=8, tree=None):
   """Arrays for tokens `start ... start + tokens` of `nodes` fresh ones.
 
   Args:
     by_row: a mask for each row.
     ring: whether slots hold their positions in another order.
+    tree: of `TREES`, all of whose nodes are the tokens, instead of any mask.
   """
+  if tree is not None:
+    start, tokens = 0, len(TREES[tree])
+    nodes = tokens
   rng = np.random.default_rng([seed, slots])
 
   def normal(*shape):
@@ -64,9 +73,15 @@ def case(slots, lengths=None, *, heads=4, groups=2, start=1, by_row=False,
   for x in (key, value):
     x[np.broadcast_to((held < 0)[:, None], x.shape[:3])] = 1e4
   depths = (np.arange(nodes) + 1) // 2
-  fresh_positions = lengths[:, None] + depths[None]
   mask = rng.random((ROWS, nodes, nodes)) < 0.5
   mask |= np.eye(nodes, dtype=bool)
+  if tree is not None:
+    mask = np.broadcast_to(np.eye(nodes, dtype=bool), mask.shape).copy()
+    for node, parent in enumerate(TREES[tree]):
+      if parent >= 0:
+        mask[:, node] |= mask[:, parent]
+    depths = mask[0].sum(axis=1) - 1
+  fresh_positions = lengths[:, None] + depths[None]
   mask = mask if by_row else mask[0]
   arrays = (normal(ROWS, tokens, heads, size) * 2, key, value,
             normal(ROWS, nodes, groups, size),

@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
@@ -24,6 +23,7 @@ from pallas_kernels import Target, aim, tree_attention
 from pallas_kernels.attention import tpu
 from pallas_kernels.attention.cases import cases
 from tests.pallas_kernels.attention.definition import (
+    TREES,
     case,
     eight_bits,
     packed,
@@ -31,6 +31,7 @@ from tests.pallas_kernels.attention.definition import (
     reference,
     streamed,
 )
+from tests.pallas_kernels.races import none_seen
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -52,7 +53,7 @@ def attend(arrays, places, target=V5E, **options):
          **options})
 
 
-def check(arrays, places, poison=True, target=V5E, **options):
+def check(arrays, places, poison=True, target=V5E, atol=2e-5, **options):
   wanted = reference(*arrays, **places, scale=0.4, **options)
   if poison:
     arrays = list(arrays)
@@ -61,7 +62,7 @@ def check(arrays, places, poison=True, target=V5E, **options):
       arrays[n] = np.where(free, np.nan, arrays[n])
   found = attend(arrays, places, target, **options)
   assert found.dtype == jnp.float32
-  np.testing.assert_allclose(found, wanted, atol=2e-5)
+  np.testing.assert_allclose(found, wanted, atol=atol)
 
 
 def plan(arrays, places, target=V5E):
@@ -102,6 +103,15 @@ def test_heads_and_tokens_are_split(target, rows, options, monkeypatch):
   check(arrays, places, target=target, **options)
 
 
+@pytest.mark.medium
+@pytest.mark.parametrize("tree", TREES)
+def test_trees(tree):
+  """Of SmolLM2's heads, with slots in lanes, and of Llama's."""
+  for size in (64, 128):
+    # (Scores are larger in large heads, and so is how they are rounded.)
+    check(*case(256, tree=tree, size=size), atol=4e-5)
+
+
 def test_more_nodes_than_lanes():
   """Some see themselves alone, and nothing before that."""
   arrays, places = case(20, [0, 9, 0, 20], tokens=10, nodes=150, start=140)
@@ -133,9 +143,10 @@ def test_streams_side_by_side(options, monkeypatch):
   check(arrays, streamed(places, 1), **options)
 
 
-def test_eight_bits():
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_eight_bits(dtype):
   arrays, places = case(256, size=128)
-  stored, scales, meant = eight_bits(arrays, np.random.default_rng(1))
+  stored, scales, meant = eight_bits(arrays, np.random.default_rng(1), dtype)
   # The scale of a free slot is left over too.
   free = jnp.asarray(places["slot_positions"] < 0)[:, None]
   scales = {n: jnp.where(free, jnp.nan, x) for n, x in scales.items()}
@@ -183,7 +194,7 @@ def test_no_race_and_no_read_out_of_bounds(page, monkeypatch):
         np.array([0, slots, 1, slots - 20])[:, None], table, 1 << 20))
   found = attend(arrays, places, RACES, table=table)
   np.testing.assert_allclose(found, wanted, atol=2e-5)
-  assert not interpret_pallas_call.races.races_found
+  none_seen("tpu")
 
 
 def test_any_lengths():

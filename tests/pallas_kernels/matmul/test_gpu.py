@@ -4,15 +4,17 @@
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import QArray, Target, quantized
+from pallas_kernels import QArray, Target, blocks, quantized
 from pallas_kernels.matmul import gpu, xla
 from tests.pallas_kernels.matmul.weights import normal, weight
+from tests.pallas_kernels.races import none_seen
 
 try:
   InterpretGPUParams = plgpu.InterpretGPUParams
@@ -28,11 +30,6 @@ BF16 = jnp.bfloat16
 MLP = dict(eps=1e-5, activation="silu")
 
 
-def races_found():
-  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-  return interpret_pallas_call.get_races().races_found
-
-
 def streamed(target=SIMULATED):
   return jax.jit(functools.partial(gpu.streamed_matmul, target=target))
 
@@ -43,17 +40,73 @@ def test_product(kind):
   stack = weight(kind, 2, 256, 192, dtype=BF16)
   live = jnp.array([True, False, True])
   y = streamed()(x, stack, jnp.int32(1), live)
-  assert not races_found()
+  none_seen("gpu")
   np.testing.assert_allclose(
       y, xla.streamed_matmul(x, stack, jnp.int32(1), live), atol=1e-5)
   assert np.abs(y).max() > 1
 
 
 def test_nothing_is_read_when_all_rows_have_left():
-  y = streamed()(normal(2, 64, dtype=BF16), jnp.full((1, 128, 64), jnp.nan,
-                                                     BF16),
-                 jnp.int32(0), jnp.zeros(2, bool))
+  """No copy starts but behind the question whether a row is live."""
+  live, layer = jnp.zeros(2, bool), jnp.int32(0)
+  x = normal(2, 128, dtype=BF16)
+  stack = jnp.full((1, 128, 128), jnp.nan, BF16)
+  y = streamed()(x, stack, layer, live)
   np.testing.assert_array_equal(y, np.zeros((2, 128)))
+  mlp = functools.partial(gpu.fused_mlp, target=H100, **MLP)
+  for f, arguments, kernels in (
+      (streamed(H100), (x, stack, layer, live), 1),
+      (mlp, (x, normal(1, 128), stack, stack, stack, layer, live), 2)):
+    found = [kernel for call in _calls(jax.make_jaxpr(f)(*arguments).jaxpr)
+             for kernel in call.params["jaxprs"]]
+    assert len(found) == kernels
+    for kernel in found:
+      assert not _copies(kernel, outside=True)
+      assert _copies(kernel, outside=False)
+
+
+def _calls(jaxpr):
+  """Calls of kernels."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "mpmd_map":
+      yield eqn
+    else:
+      for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+        yield from _calls(inner)
+
+
+def _copies(jaxpr, outside):
+  """Copies to shared memory, in all of a kernel or outside its conditions."""
+  count = 0
+  for eqn in jaxpr.eqns:
+    count += eqn.primitive.name == "copy_gmem_to_smem"
+    if not outside or eqn.primitive.name != "cond":
+      for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+        count += _copies(inner, outside)
+  return count
+
+
+def test_blocks_that_a_table_has():
+  """Each place of three is used again, by half of the outputs of a tile."""
+  x, stack = normal(2, 320, dtype=BF16), weight("plain", 1, 128, 320,
+                                                dtype=BF16)
+  key = "streamed_matmul", "1,128,320,bfloat16"
+
+  def y(sizes, target=SIMULATED):
+    with blocks.trial(((key, sizes),)):
+      return streamed(target)(x, stack, jnp.int32(0), None)
+
+  half = y((64, 3))
+  none_seen("gpu")
+  np.testing.assert_allclose(half, xla.streamed_matmul(
+      x, stack, jnp.int32(0), None), atol=1e-5)
+  for sizes in ((96, 1), (256, 1), (128, 6), (32, 1)):
+    with pytest.raises(NotImplementedError, match="tune again, or use"):
+      y(sizes)
+  with blocks.trial(((key, (64, 3)),)):
+    found, = _calls(jax.make_jaxpr(streamed(H100))(
+        x, stack, jnp.int32(0), None).jaxpr)
+  assert found.params["meshes"][0].grid == (2,)
 
 
 def test_mlp():
@@ -62,7 +115,7 @@ def test_mlp():
                           for seed in (3, 4, 5)), jnp.int32(1), None)
   y = jax.jit(functools.partial(gpu.fused_mlp, target=SIMULATED, **MLP))(
       *arguments)
-  assert not races_found()
+  none_seen("gpu")
   # A hidden value may be rounded the other way.
   np.testing.assert_allclose(y, xla.fused_mlp(*arguments, **MLP), atol=1e-2)
 
