@@ -317,7 +317,8 @@ class Streams:
       self._batch = batch
       for one in everyone:
         one._take(seen)
-      return bool(seen["going"][session._at]) or any(session._waiting)
+      return bool(seen["going"][session._at]) or (
+          any(session._waiting) and not session.over)
 
   def _close(self, session: "Session") -> None:
     with self._lock, on(self.mesh, self._target):
@@ -338,6 +339,7 @@ class Session:
   Attributes:
     passes: passes of the model so far.
     accepted: rows that were drafted, and stood.
+    over: whether nothing can be read or written any more.
   """
 
   def __init__(self, streams: Streams, at: int, given: int):
@@ -357,6 +359,7 @@ class Session:
     self._readers = (None if tokenizer is None else
                      [tokenizer.stream() for _ in streams.layout.streams])
     self.passes = self.accepted = 0
+    self.over = False
 
   @property
   def count(self) -> int:
@@ -369,12 +372,19 @@ class Session:
     Streams that have ended and that it can reach are written again, and all of
     them may say `max_new_tokens` anew. Words for a stream that is written are
     put into the model's mouth.
+
+    Raises:
+      InputError: the session is closed, or over.
     """
     streams = self._streams
     at = streams.layout.place(stream)
     ids = streams._ids(words, streams.layout.by_word)
     if self._closed:
       raise InputError("the session is closed; open another")
+    if self.over:
+      raise InputError(
+          f"the session is over after {self._rows} rows: its table is full, or "
+          "a stream has ended it; open another, or give Streams more room")
     if ids:
       with streams._mail:
         self._waiting[at] += ids
@@ -467,6 +477,7 @@ class Session:
     at, layout_ = self._at, self._streams.layout
     self.passes = int(seen["passes"][at])
     self.accepted = int(seen["accepted"][at])
+    self.over = bool(seen["over"][at])
     self._head = seen["head"][at].astype(int)
     for number in range(self._rows, int(seen["row"][at]) + 1):
       tokens, texts, logprobs = [], [], []
@@ -503,8 +514,8 @@ def _view(layout, batch):
   return dict(
       texts=lines.texts, filled=lines.filled, row=lines.row,
       logprobs=lines.logprobs, head=lines.queue.head,
-      going=state.going(layout, lines), passes=batch.passes,
-      accepted=batch.accepted)
+      going=state.going(layout, lines), over=state.over(lines),
+      passes=batch.passes, accepted=batch.accepted)
 
 
 def _bucket(length: int, chunk: int) -> int:

@@ -120,7 +120,12 @@ def going(layout: StreamLayout, lines: Lines) -> Bool[Array, "B"]:
   if layout.quiet:
     busy &= lines.hush < layout.quiet
   busy |= jnp.any(lines.queue.waits, axis=1)
-  return busy & ~lines.ended & (lines.row + 1 < lines.room)
+  return busy & ~over(lines)
+
+
+def over(lines: Lines) -> Bool[Array, "B"]:
+  """Sessions that nothing can be read in any more: ended, or without room."""
+  return lines.ended | (lines.row + 1 >= lines.room)
 
 
 def advance(layout: StreamLayout, lines: Lines, request: Request,

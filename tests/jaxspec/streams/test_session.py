@@ -161,6 +161,18 @@ def test_more_words_than_the_device_holds_wait_on_the_host(streams):
     assert wrote == [5, *cycles.recited([5], 12), *[0] * 19]
 
 
+def test_a_full_table_reads_no_more(streams):
+  """Rows end though words wait, on the device and on the host; more of them
+  are refused, where they would be read by nobody."""
+  with streams.open(given={"out": [5]}) as session:
+    session.push("user", [2] * 60)
+    assert not session.over
+    read, _ = columns(session.rows(stride=50))
+    assert read == [0, *[2] * 39] and session.over
+    with pytest.raises(InputError, match="over after 40 rows: its table is ful"):
+      session.push("user", [3])
+
+
 def test_log_probabilities_where_they_are_asked_for(streams):
   options = dataclasses.replace(OPTIONS, logprobs=True, max_new_tokens=2)
   with streams.open(given={"out": [5]}, options={"out": options}) as session:
