@@ -169,7 +169,7 @@ def test_a_full_table_reads_no_more(streams):
     assert not session.over
     read, _ = columns(session.rows(stride=50))
     assert read == [0, *[2] * 39] and session.over
-    with pytest.raises(InputError, match="over after 40 rows: its table is ful"):
+    with pytest.raises(InputError, match="over after 40 rows: its table"):
       session.push("user", [3])
 
 
