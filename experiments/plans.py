@@ -89,7 +89,7 @@ class Line:
     """A digest of the sources that make it: a drafter is found by name."""
     from pallas_kernels import records  # pulls in jax, which reads variables
     return "-".join(
-        records.sources(module, packages=("jaxspec", "pallas_kernels"))[:8]
+        records.sources((module,), packages=("jaxspec", "pallas_kernels"))[:8]
         for module in ("experiments.plans", "jaxspec.drafters."
                        + self.drafter.partition(":")[0]))
 
