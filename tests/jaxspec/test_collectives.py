@@ -21,11 +21,13 @@ pytestmark = pytest.mark.skipif(
 ROWS = 8
 
 
-def plan(name: str, topology: str, depth: int = 1, **mesh: int):
+def plan(name: str, topology: str, drafter: str = "autoregressive",
+         **mesh: int):
+  """Of one layer."""
   config = dataclasses.replace(
-      planning.shallow(architectures.sizes(name), depth), vocab=1024)
-  return planning.make(Setup(config, topology, tuple(mesh.items()), rows=ROWS),
-                       ["decode"])
+      planning.shallow(architectures.sizes(name), 1), vocab=1024)
+  return planning.make(Setup(config, topology, tuple(mesh.items()), drafter,
+                             rows=ROWS), ["decode"])
 
 
 def exchanged(plan, scope: str) -> list[tuple[str, int, int, float, str]]:
@@ -42,13 +44,15 @@ def check_silence(plan) -> None:
     assert not exchanged(plan, scope)
   for c in plan.programs["decode"].costs["score"].collectives:
     assert "attention" not in c.name and "write" not in c.name
-  # One number and one token of each row's best, of each shard.
+  # One number and one token of each node's best, of each shard.
   for kind, size, *_ in exchanged(plan, "verify"):
-    assert kind in ("all-gather", "all-reduce") and size <= 4 * ROWS * 8
+    assert kind in ("all-gather", "all-reduce")
+    assert size <= 4 * ROWS * 8 * plan.nodes
 
 
 @pytest.mark.parametrize("topology, data", [
-    ("v6e:2x4", 1), pytest.param("v5e:4x4", 2, marks=pytest.mark.slow)])
+    ("v6e:2x4", 1), pytest.param("v5p:2x2x2", 1, marks=pytest.mark.medium),
+    pytest.param("v5e:4x4", 2, marks=pytest.mark.slow)])
 def test_a_tensor_parallel_layer_sums_twice(topology, data):
   """Behind attention and behind the MLP, each the stream.
 
@@ -69,6 +73,20 @@ def test_a_tensor_parallel_layer_sums_twice(topology, data):
   read = 2 * (layer + 1024 * 8192) / 8 + found.cache
   assert found.programs["decode"].costs["score"].bytes == pytest.approx(
       read, rel=0.02)
+
+
+@pytest.mark.medium
+def test_nodes_that_are_verified_together_sum_as_often():
+  """As one node does, each of their streams."""
+  found = plan("llama3-70b", "v6e:2x4", "prompt_lookup:length=7", tensor=8)
+  stream = ROWS * 8 * 8192 * 2
+  score = exchanged(found, "score")
+  assert {(*c[:3], c[4]) for c in score} == {
+      ("all-reduce", 2 * stream, 8, "dot_general"),
+      ("all-reduce", 2 * stream, 8, "psum"),
+      ("all-reduce", stream, 8, "gather")}
+  assert sum(c[3] for c in score) == 3 and found.nodes == 8
+  check_silence(found)
 
 
 @pytest.mark.medium
