@@ -158,10 +158,7 @@ def test_a_program_for_a_tpu_calls_the_kernels(chips, sizes, drafter):
   else:
     made = PromptLookup(length=7)
   with kernels.on(mesh, kernels.choose(None, mesh)):
-    state = placed(lambda: loop.init(
-        model, made, model.init_cache(batches.cache_kind("contiguous"), 8, 8192,
-                                      jnp.bfloat16),
-        capacity=8192, stops=16, biases=64))
+    state = begun(model, made, 8, 8192)
     compiled = loop.decode.lower(
         model, made, exact, state, scalar(jnp.int32, mesh),
         scalar(bool, mesh)).compile()
@@ -179,6 +176,14 @@ def test_a_program_for_a_tpu_calls_the_kernels(chips, sizes, drafter):
       keys.sharding.shard_shape(keys.shape))
   # Nor is one brought into the chip's own memory, and back.
   assert not copied(compiled.as_text(), keys.sharding.shard_shape(keys.shape))
+
+
+def begun(model, drafter, rows, capacity):
+  """The shapes of a state, where a compiled program puts them."""
+  return placed(lambda: loop.init(
+      model, drafter, model.init_cache(
+          batches.cache_kind("contiguous"), rows, capacity, jnp.bfloat16),
+      capacity=capacity, stops=16, biases=64))
 
 
 def lacking(compiled, wanted):
@@ -218,10 +223,7 @@ def test_a_program_for_a_gpu_calls_the_kernels():
   model = Transformer(LLAMA_3_8B(depth=1), abstract_source(jnp.bfloat16, mesh))
   made = PromptLookup(length=3)
   with jax.sharding.use_abstract_mesh(mesh), target.aim(GPU):
-    state = placed(lambda: loop.init(
-        model, made, model.init_cache(batches.cache_kind("contiguous"), 2, 1024,
-                                      jnp.bfloat16),
-        capacity=1024, stops=16, biases=64))
+    state = begun(model, made, 2, 1024)
     lowered = loop.decode.trace(
         model, made, exact, state, scalar(jnp.int32, mesh),
         scalar(bool, mesh)).lower(lowering_platforms=("cuda",))

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import QArray, Target, blocks, quantized
 from pallas_kernels.matmul import gpu, xla
+from tests.pallas_kernels.copies import copies
 from tests.pallas_kernels.matmul.weights import normal, weight
 from tests.pallas_kernels.races import none_seen
 
@@ -61,8 +62,8 @@ def test_nothing_is_read_when_all_rows_have_left():
              for kernel in call.params["jaxprs"]]
     assert len(found) == kernels
     for kernel in found:
-      assert not _copies(kernel, outside=True)
-      assert _copies(kernel, outside=False)
+      assert not copies(kernel, "copy_gmem_to_smem", outside=True)
+      assert copies(kernel, "copy_gmem_to_smem", outside=False)
 
 
 def _calls(jaxpr):
@@ -73,17 +74,6 @@ def _calls(jaxpr):
     else:
       for inner in jax.extend.core.jaxprs_in_params(eqn.params):
         yield from _calls(inner)
-
-
-def _copies(jaxpr, outside):
-  """Copies to shared memory, in all of a kernel or outside its conditions."""
-  count = 0
-  for eqn in jaxpr.eqns:
-    count += eqn.primitive.name == "copy_gmem_to_smem"
-    if not outside or eqn.primitive.name != "cond":
-      for inner in jax.extend.core.jaxprs_in_params(eqn.params):
-        count += _copies(inner, outside)
-  return count
 
 
 def test_blocks_that_a_table_has():

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import Target, quantized
 from pallas_kernels.matmul import tpu, xla
 from pallas_kernels.matmul.cases import cases
+from tests.pallas_kernels.copies import copies
 from tests.pallas_kernels.matmul.weights import normal, weight
 from tests.pallas_kernels.races import none_seen
 
@@ -134,8 +135,8 @@ def test_nothing_moves_when_all_rows_have_left():
   for f, arguments in calls:
     assert np.all(f(*arguments) == 0)
     kernel, = _kernels(jax.make_jaxpr(f)(*arguments).jaxpr)
-    assert not _copies(kernel, outside=True)
-    assert _copies(kernel, outside=False)
+    assert not copies(kernel, "dma_start", outside=True)
+    assert copies(kernel, "dma_start", outside=False)
   stack = weights[1]
   stays = tpu.moved_bytes(x, stack, outputs=256, live=True)
   left = tpu.moved_bytes(x, stack, outputs=256, live=True, exited=True)
@@ -148,17 +149,6 @@ def _kernels(jaxpr):
       yield eqn.params["jaxpr"]
     for inner in jax.extend.core.jaxprs_in_params(eqn.params):
       yield from _kernels(inner)
-
-
-def _copies(jaxpr, outside):
-  """Copies that start, in all of a kernel or outside its conditions."""
-  count = 0
-  for eqn in jaxpr.eqns:
-    count += eqn.primitive.name == "dma_start"
-    if not outside or eqn.primitive.name != "cond":
-      for inner in jax.extend.core.jaxprs_in_params(eqn.params):
-        count += _copies(inner, outside)
-  return count
 
 
 def test_lowers_for_tpu():
